@@ -1,0 +1,26 @@
+"""The operators: each a file with its mathematics, reference, adjoint and public function."""
+
+from fastlm import _lib
+from fastlm.ops.dropconnect import dropconnect, dropconnect_mask
+
+__all__ = ["dropconnect", "dropconnect_mask", "which"]
+
+
+def which(op, *args, impl: str = "auto") -> str:
+    """The implementation that would serve a call.
+
+    Args:
+        op: a public operator or its name. args: the tensors of the call; device and dtype of the first one decide.
+        impl: what the call would ask for.
+
+    Returns:
+        `"reference"`, `"cpu"`, `"triton"`, `"cuda"` or `"aten"`.
+
+    Raises:
+        ValueError: unknown operator. RuntimeError, TypeError: a named `impl` that cannot serve.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in _lib.ops:
+        raise ValueError(f"unknown operator {name!r}; there are {', '.join(sorted(_lib.ops))}")
+    chosen = _lib.resolve(name, impl, args[0])
+    return "reference" if chosen == "fallback" else chosen

@@ -1,0 +1,66 @@
+// What the CUDA launchers share: the current stream, dtype access in fp32, grids.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "common.h"
+
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace fastlm {
+
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Blocks for one thread per item; 32 per multiprocessor of the largest device are enough to fill it.
+inline unsigned grid(int64_t items, int64_t threads) {
+  const int64_t blocks = (items + threads - 1) / threads;
+  return unsigned(blocks < 65535 ? blocks : 65535);
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+}  // namespace fastlm
+
+// Runs the statement with `scalar_t` bound to the CUDA type of a DType.
+#define FASTLM_CUDA_DISPATCH(dtype, ...) \
+  switch (dtype) {                       \
+    case ::fastlm::DType::f32: {         \
+      using scalar_t = float;            \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case ::fastlm::DType::bf16: {        \
+      using scalar_t = __nv_bfloat16;    \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case ::fastlm::DType::f16: {         \
+      using scalar_t = __half;           \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+  }

@@ -1,0 +1,61 @@
+"""Argument checks shared by the public operators: each names the argument, what it got and what it wanted."""
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(name: str, x: torch.Tensor) -> None:
+    """Raise TypeError unless `x` is a floating-point tensor of a supported dtype."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True) -> None:
+    """Raise TypeError unless `x` has the device, and the dtype if asked for, of `other`."""
+    if x.device != other.device:
+        raise TypeError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
+    if dtype and x.dtype != other.dtype:
+        raise TypeError(f"{name} must be {other.dtype} like {other_name}, got {x.dtype}")
+
+
+def dims(name: str, x: torch.Tensor, letters: str) -> tuple[int, ...]:
+    """Return the sizes of `x`; raise ValueError unless it has one dimension per letter."""
+    if x.dim() != len(letters):
+        raise ValueError(f"{name} must have shape [{', '.join(letters)}], got {list(x.shape)}")
+    return tuple(x.shape)
+
+
+def shape(name: str, x: torch.Tensor, **sizes: int) -> None:
+    """Raise ValueError unless `x` has exactly the named sizes, as in `shape("h0", h0, B=B, H=H)`."""
+    if tuple(x.shape) != tuple(sizes.values()):
+        wanted = f"[{', '.join(sizes)}] = {list(sizes.values())}"
+        raise ValueError(f"{name} must have shape {wanted}, got {list(x.shape)}")
+
+
+def ids(name: str, x: torch.Tensor) -> None:
+    """Raise TypeError unless `x` is a tensor of word ids (int64 or int32)."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int32):
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be an int64 or int32 tensor, got {got}")
+
+
+def probability(name: str, p: float) -> float:
+    """Return `p` as a float; raise ValueError unless it lies in [0, 1]."""
+    p = float(p)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {p}")
+    return p
+
+
+def seed(x: torch.Tensor, like: torch.Tensor) -> None:
+    """Raise unless `x` is an int64 scalar tensor on the device of `like`."""
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.int64:
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"seed must be an int64 scalar tensor, got {got}")
+    if x.dim() != 0:
+        raise ValueError(f"seed must be a scalar tensor, got shape {list(x.shape)}")
+    if x.device != like.device:
+        raise TypeError(f"seed must be on {like.device}, got {x.device}")

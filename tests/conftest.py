@@ -1,0 +1,79 @@
+"""Fixtures of all tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlm import _lib
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_report_header(config):
+    modules = ", ".join(f"{name}: {reason or 'loaded'}" for name, reason in _lib.status.items())
+    return f"fastlm: {modules}; CPU kernels: {_lib.instruction_set()}; CUDA: {torch.cuda.is_available()}"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers for every test, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fill every new tensor, those of native code included, with NaN, so that an element nobody writes shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def native():
+    """Skip where the native CPU kernels are not there."""
+    if _lib.status["_C"] is not None:
+        pytest.skip(f"no native kernels: {_lib.status['_C']}")
+
+
+@pytest.fixture
+def fresh_python():
+    """Run Python source in a new process with a changed environment; returns its stdout, fails on a bad exit."""
+
+    def run(source: str, **environment: str) -> str:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(
+            [sys.executable, "-c", source],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+def instruction_set(request, native):
+    """Each instruction set that this machine has, best last; pass it to `fresh_python` as FASTLM_CPU."""
+    order = _lib.INSTRUCTION_SETS
+    best = order.index(os.environ.get("FASTLM_CPU") or _lib.instruction_set())
+    if order.index(request.param) > best:
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
