@@ -140,12 +140,8 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
     if not native(op, impl):
         module = "_C" if impl == "cpu" else "_C_cuda"
         if status[module] is None:
-            raise RuntimeError(
-                f"{op}: there is no {impl!r} kernel in this version of fastlm; use impl='auto'"
-            )
-        raise RuntimeError(
-            f"{op}: impl={impl!r} needs fastlm.{module}: {status[module]}; to get it: {BUILD_COMMAND}"
-        )
+            raise RuntimeError(f"{op}: there is no {impl!r} kernel in this version of fastlm; use impl='auto'")
+        raise RuntimeError(f"{op}: impl={impl!r} needs fastlm.{module}: {status[module]}; to get it: {BUILD_COMMAND}")
     if device != impl:
         raise TypeError(f"{op}: impl={impl!r} takes tensors on {impl}, got {tensor.device}")
     if tensor.dtype not in dtypes:

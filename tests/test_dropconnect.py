@@ -92,9 +92,7 @@ def test_compile_and_transforms():
 
 def test_second_derivative_raises():
     weight = torch.randn(5, requires_grad=True)
-    (grad,) = torch.autograd.grad(
-        (dropconnect(weight, 0.5, torch.tensor(0)) ** 2).sum(), weight, create_graph=True
-    )
+    (grad,) = torch.autograd.grad((dropconnect(weight, 0.5, torch.tensor(0)) ** 2).sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 

@@ -23,9 +23,7 @@ def words(text):
 
 @pytest.mark.parametrize("counter, key, result", KNOWN_ANSWERS)
 def test_reference_known_answers(counter, key, result):
-    lanes = philox.philox4x32(
-        [torch.tensor([w]) for w in words(counter)], [torch.tensor([w]) for w in words(key)]
-    )
+    lanes = philox.philox4x32([torch.tensor([w]) for w in words(counter)], [torch.tensor([w]) for w in words(key)])
     assert [lane.item() for lane in lanes] == words(result)
 
 

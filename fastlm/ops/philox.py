@@ -59,9 +59,7 @@ def keep_mask(shape, p: float, seed: torch.Tensor, stream: int) -> torch.Tensor:
     count = shape.numel()
     block = torch.arange((count + 3) // 4, dtype=torch.int64, device=seed.device)
     zero = torch.zeros_like(block)
-    lanes = philox4x32(
-        (block & _LOW, (block >> 32) & _LOW, zero + stream, zero), (seed & _LOW, (seed >> 32) & _LOW)
-    )
+    lanes = philox4x32((block & _LOW, (block >> 32) & _LOW, zero + stream, zero), (seed & _LOW, (seed >> 32) & _LOW))
     return (torch.stack(lanes, dim=-1).reshape(-1)[:count] >= threshold(p)).reshape(shape)
 
 
