@@ -146,3 +146,27 @@ def test_which():
     assert fastlm.ops.which("dropconnect", torch.randn(3, dtype=torch.float64)) == "reference"
     with pytest.raises(ValueError, match="unknown operator 'conv'"):
         fastlm.ops.which("conv", torch.randn(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_cuda_drops_the_same_elements(dtype):
+    weight, seed = torch.randn(4600, 37, dtype=dtype), torch.tensor(2**40 + 7)
+    expected = dropconnect(weight, 0.3, seed, impl="reference")
+    assert torch.equal(dropconnect(weight.cuda(), 0.3, seed.cuda(), impl="cuda").cpu(), expected)
+    for stream in range(4):
+        mask = dropconnect_mask((4099,), 0.3, seed.cuda(), stream=stream, impl="cuda")
+        assert torch.equal(mask.cpu(), philox.keep_mask((4099,), 0.3, seed, stream))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_draws_fresh_masks():
+    weight = torch.ones(4096, device="cuda")
+    dropconnect(weight, 0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = dropconnect(weight, 0.5)
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(first, out)
