@@ -1,0 +1,60 @@
+# Every target sets itself up from nothing: Python 3.10+ and a C++ compiler are enough, a GPU is not needed.
+#   make demo    train two small models on a corpus that needs no download, tune the cache, print one table
+#   make test    every test
+#   make lint    formatting and the rules that a grep can check
+#   make clean   remove all that the other targets made
+#
+# PYTHON=python3.12      the interpreter the virtual environment is made from
+# TORCH="torch==2.13.0"  the torch to build against and run on
+# ARGS="-k lstm"         more arguments for pytest
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+BUILD_TOOLS := "setuptools>=77" "cmake>=3.24" ninja pybind11
+BIN := $(abspath $(VENV))/bin
+# The tools of the environment come before those of the machine, for setup.py to find them.
+IN_VENV := PATH="$(BIN):$$PATH"
+STAMPS := $(VENV)/stamps
+# Another TORCH is another stamp, so that changing it installs it and builds anew.
+TORCH_STAMP := $(STAMPS)/torch-$(subst /,_,$(TORCH))
+NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/fastlm
+	$(BIN)/python -m fastlm.demo $(ARGS)
+
+test: $(STAMPS)/fastlm
+	$(IN_VENV) python -m pytest $(ARGS)
+
+lint: $(STAMPS)/pre-commit
+	PRE_COMMIT_HOME="$(abspath $(VENV))/pre-commit" $(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastlm/*.so fastlm/_build.json
+
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# First, and alone: nothing that comes later may choose another torch.
+$(TORCH_STAMP): $(STAMPS)/venv
+	$(BIN)/pip install "$(TORCH)"
+	@rm -f $(STAMPS)/torch-* && touch "$@"
+
+$(STAMPS)/build-tools: $(TORCH_STAMP)
+	$(BIN)/pip install $(BUILD_TOOLS)
+	@touch $@
+
+$(STAMPS)/fastlm: $(STAMPS)/build-tools $(NATIVE)
+	$(IN_VENV) pip install --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(STAMPS)/pre-commit: $(STAMPS)/venv
+	$(BIN)/pip install "pre-commit>=4"
+	@touch $@
