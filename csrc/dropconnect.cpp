@@ -1,5 +1,5 @@
-// DropConnect on the CPU: y = w keep / (1 - p), and the mask alone. One work item is a run of elements of whole
-// Philox blocks, so that a mask does not depend on how the work is split.
+// DropConnect on the CPU: y = w keep / (1 - p), and the mask alone. One work item is a run of elements of
+// whole Philox blocks, so that a mask does not depend on how the work is split.
 #include "dtype.h"
 #include "philox.h"
 
@@ -92,7 +92,7 @@ Tensor fwd(const Tensor& weight_, double p, const Tensor& seed) {
   const Tensor weight = contiguous(weight_);
   Tensor out = torch::stable::empty_like(weight);
   if (weight.numel() == 0) return out;
-  const DropconnectArgs args{weight.const_data_ptr(), out.mutable_data_ptr(), weight.numel(), p, read_seed(seed),
+  const DropconnectArgs args{weight.const_data_ptr(), out.mutable_data_ptr(),    weight.numel(), p, read_seed(seed),
                              kWeightStream,           dtype_of(weight, "weight")};
   launch(dropconnect_fwd_kernel, args);
   return out;
@@ -101,8 +101,7 @@ Tensor fwd(const Tensor& weight_, double p, const Tensor& seed) {
 Tensor mask(const Tensor& seed, int64_t count, double p, int64_t stream) {
   Tensor out = torch::stable::new_empty(seed, {count}, ScalarType::Bool);
   if (count == 0) return out;
-  const DropconnectArgs args{nullptr, out.mutable_data_ptr(), count,     p,
-                             read_seed(seed), uint32_t(stream),     DType::f32};
+  const DropconnectArgs args{nullptr, out.mutable_data_ptr(), count, p, read_seed(seed), uint32_t(stream), DType::f32};
   launch(dropconnect_mask_kernel, args);
   return out;
 }

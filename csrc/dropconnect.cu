@@ -1,5 +1,6 @@
-// DropConnect on CUDA: y = w keep / (1 - p), and the mask alone. A thread owns the four elements of a Philox block, so
-// neighbouring threads read neighbouring quads. The seed is read on the device: nothing waits for the host.
+// DropConnect on CUDA: y = w keep / (1 - p), and the mask alone. A thread owns the four elements of a Philox
+// block, so neighbouring threads read neighbouring quads. The seed is read on the device: nothing waits for
+// the host.
 #include "common.cuh"
 #include "philox.h"
 

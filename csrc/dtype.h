@@ -16,21 +16,21 @@ struct f16 {
 }  // namespace fastlm
 
 // Runs the statement with `scalar_t` bound to the C++ type of a DType.
-#define FASTLM_DISPATCH(dtype, ...)          \
-  switch (dtype) {                           \
-    case ::fastlm::DType::f32: {             \
-      using scalar_t = float;                \
-      __VA_ARGS__;                           \
-      break;                                 \
-    }                                        \
-    case ::fastlm::DType::bf16: {            \
-      using scalar_t = ::fastlm::bf16;       \
-      __VA_ARGS__;                           \
-      break;                                 \
-    }                                        \
-    case ::fastlm::DType::f16: {             \
-      using scalar_t = ::fastlm::f16;        \
-      __VA_ARGS__;                           \
-      break;                                 \
-    }                                        \
+#define FASTLM_DISPATCH(dtype, ...)    \
+  switch (dtype) {                     \
+    case ::fastlm::DType::f32: {       \
+      using scalar_t = float;          \
+      __VA_ARGS__;                     \
+      break;                           \
+    }                                  \
+    case ::fastlm::DType::bf16: {      \
+      using scalar_t = ::fastlm::bf16; \
+      __VA_ARGS__;                     \
+      break;                           \
+    }                                  \
+    case ::fastlm::DType::f16: {       \
+      using scalar_t = ::fastlm::f16;  \
+      __VA_ARGS__;                     \
+      break;                           \
+    }                                  \
   }

@@ -1,4 +1,5 @@
-// Which instruction set the CPU kernels run with: the best that machine and build have, or what FASTLM_CPU names.
+// Which instruction set the CPU kernels run with: the best that machine and build have, or what FASTLM_CPU
+// names.
 #include "isa.h"
 
 #include <cstdio>

@@ -1,5 +1,6 @@
 // Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011), indexed by element, for host and device alike.
-// fastlm/ops/philox.py states the contract: element e reads lane e & 3 of block e >> 2 and stays when it is >= threshold.
+// fastlm/ops/philox.py states the contract: element e reads lane e & 3 of block e >> 2 and stays when it is
+// >= threshold.
 #pragma once
 #include <cstdint>
 

@@ -1,6 +1,6 @@
-// The vector of the CPU kernels: fp32 lanes as wide as the instruction set, loads and stores of every element type, and
-// exp, tanh, sigmoid, log. All of it has internal linkage in the namespace of the set: a shared inline function would let
-// the linker hand a wider set's code to a machine without it.
+// The vector of the CPU kernels: fp32 lanes as wide as the instruction set, loads and stores of every element
+// type, and exp, tanh, sigmoid, log. All of it has internal linkage in the namespace of the set: a shared
+// inline function would let the linker hand a wider set's code to a machine without it.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -184,8 +184,8 @@ FASTLM_INLINE vec power_of_two(vec k) { return (vec)((__builtin_convertvector(k,
 
 FASTLM_INLINE vec round_to_integer(vec x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 
-// e^x: x = k ln 2 + r with |r| <= ln 2 / 2, a degree-6 polynomial in r, error below 2 ulp; 0 and infinity at the ends, NaN
-// stays.
+// e^x: x = k ln 2 + r with |r| <= ln 2 / 2, a degree-6 polynomial in r, error below 2 ulp; 0 and infinity at
+// the ends, NaN stays.
 FASTLM_INLINE vec exp(vec x) {
   const vec clamped = min(max(x, splat(-104.0f)), splat(89.0f));
   const vec k = round_to_integer(clamped * 0x1.715476p0f);

@@ -23,7 +23,8 @@ def test_resources(source, arch, tmp_path):
     done = subprocess.run([*command, str(source), "-o", str(tmp_path / "a.cubin")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers", done.stderr
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers",
+        done.stderr,
     )
     assert kernels, done.stderr
     for stack, stores, loads, registers in kernels:

@@ -39,9 +39,9 @@ extern "C" int64_t width() { return kWidth; }
 FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl".split(),
-    "avx512_bf16": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16".split(),
 }
+FLAGS["avx512"] = [*FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
 
 
 @pytest.fixture(scope="module", params=list(FLAGS))
