@@ -1,0 +1,378 @@
+// fastlm._host: the corpus encoder and the CPU's features, for Python. It never sees a tensor.
+//
+// Encoding is one pass: the text is cut into one part a thread, every part gets a table of its own words in
+// order of first occurrence, and the tables are merged part by part. The merged order is the order of first
+// occurrence in the whole text, so the result does not depend on the number of threads.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string_view>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "words are compared as little-endian integers");
+
+constexpr std::string_view kEos = "<eos>";
+constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
+
+uint64_t load8(const char* p) {
+  uint64_t x;
+  std::memcpy(&x, p, 8);
+  return x;
+}
+
+// ---- UTF-8 and white space, as Python's decoder and str.split() have them -------------------------------
+
+bool is_space(uint32_t c) {
+  if (c < 0x80) return c == ' ' || (c >= 0x09 && c <= 0x0D) || (c >= 0x1C && c <= 0x1F);
+  return c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 ||
+         c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+struct InvalidUtf8 {
+  const char* at;
+};
+
+struct Character {
+  uint32_t code;
+  int size;
+};
+
+// The character at `p`. Overlong forms, surrogates and codes past U+10FFFF are invalid.
+Character decode(const char* p, const char* end) {
+  const auto* s = reinterpret_cast<const unsigned char*>(p);
+  const unsigned char c = s[0];
+  if (c < 0x80) return {c, 1};
+  const int size = c < 0xC2 ? 0 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 0;
+  if (size == 0 || end - p < size) throw InvalidUtf8{p};
+  uint32_t code = c & (0xFFu >> (size + 1));
+  for (int i = 1; i < size; ++i) {
+    if ((s[i] & 0xC0) != 0x80) throw InvalidUtf8{p};
+    code = code << 6 | (s[i] & 0x3Fu);
+  }
+  const bool valid = size == 2 || (size == 3 && code >= 0x800 && (code < 0xD800 || code > 0xDFFF)) ||
+                     (size == 4 && code >= 0x10000 && code <= 0x10FFFF);
+  if (!valid) throw InvalidUtf8{p};
+  return {code, size};
+}
+
+// The end of the word that starts at `p`: the first white space, or `end`.
+const char* word_end(const char* p, const char* end) {
+  constexpr uint64_t kOnes = 0x0101010101010101u, kHigh = 0x80 * kOnes;
+  for (;;) {
+    while (end - p >= 8) {
+      const uint64_t x = load8(p);
+      // The lowest flagged byte is the first one below 0x21 or above 0x7F; flags above it may be wrong.
+      const uint64_t flags = (((x - 0x21 * kOnes) & ~x) | x) & kHigh;
+      if (flags != 0) {
+        p += std::countr_zero(flags) >> 3;
+        break;
+      }
+      p += 8;
+    }
+    if (p == end) return p;
+    const Character c = decode(p, end);
+    if (is_space(c.code)) return p;
+    p += c.size;
+  }
+}
+
+// ---- Tables of words and characters ---------------------------------------------------------------------
+
+// A word as three integers. Up to 16 bytes they are the word itself, so that words compare without a look
+// at the text; of a longer word, `low` is a hash of the bytes before the last eight.
+struct Key {
+  uint64_t low = 0, high = 0;
+  size_t size;
+
+  // `readable_end` is the end of the memory that may be read past the word.
+  Key(std::string_view word, const char* readable_end) : size(word.size()) {
+    const char* p = word.data();
+    size_t left = size;
+    if (left > 16) {
+      for (; left > 16; left -= 8, p += 8) low = std::rotl((low ^ load8(p)) * 0x9FB21C651E98DF25u, 29);
+      low ^= load8(p);
+    } else if (left > 8) {
+      low = load8(p);
+    }
+    if (left > 8) p += 8, left -= 8;
+    if (readable_end - p >= 8) {
+      high = load8(p) & ~uint64_t{0} >> (64 - 8 * left);
+    } else {
+      std::memcpy(&high, p, left);
+    }
+  }
+
+  bool exact() const { return size <= 16; }
+  bool operator==(const Key& other) const = default;
+  uint64_t hash() const {
+    const uint64_t x = (low ^ std::rotl(high, 32) ^ high * 0x9FB21C651E98DF25u) * 0x9E3779B97F4A7C15u;
+    return x ^ x >> 32;
+  }
+};
+
+// Words and their ids, in order of first occurrence. Open addressing; the words themselves stay in the text.
+class WordTable {
+ public:
+  std::vector<std::string_view> words;
+
+  // See Key for `readable_end`.
+  int32_t id(std::string_view word, const char* readable_end) {
+    if (words.size() * 2 >= slots_.size()) grow();
+    const Key key(word, readable_end);
+    for (size_t i = key.hash() & mask();; i = (i + 1) & mask()) {
+      Slot& slot = slots_[i];
+      if (slot.id < 0) {
+        slot = {key, static_cast<int32_t>(words.size())};
+        words.push_back(word);
+        return slot.id;
+      }
+      if (slot.key == key && (key.exact() || words[slot.id] == word)) return slot.id;
+    }
+  }
+
+ private:
+  struct Slot {
+    Key key{{}, nullptr};
+    int32_t id = -1;
+  };
+  std::vector<Slot> slots_ = std::vector<Slot>(1 << 12);
+
+  size_t mask() const { return slots_.size() - 1; }
+
+  void grow() {
+    if (words.size() > INT32_MAX / 2) throw std::length_error("more than 2^30 different words");
+    std::vector<Slot> old(slots_.size() * 2);
+    old.swap(slots_);
+    for (const Slot& slot : old) {
+      if (slot.id < 0) continue;
+      size_t i = slot.key.hash() & mask();
+      while (slots_[i].id >= 0) i = (i + 1) & mask();
+      slots_[i] = slot;
+    }
+  }
+};
+
+// One part of the text, encoded with ids of its own. Aligned, so that two threads never write the same line.
+struct alignas(128) Part {
+  std::vector<std::string_view> words;
+  std::vector<int32_t> ids;
+  std::exception_ptr error;
+  const char* invalid = nullptr;
+};
+
+void encode_words(const char* p, const char* end, bool last, Part& part) {
+  WordTable table;
+  part.ids.reserve((end - p) / 4);  // rarely too little, and memory that is not written costs nothing
+  const auto add_eos = [&] { part.ids.push_back(table.id(kEos, kEos.data() + kEos.size())); };
+  const bool open_line = last && p < end && end[-1] != '\n';
+  while (p < end) {
+    if (*p == '\n') {
+      add_eos();
+      ++p;
+      continue;
+    }
+    const Character first = decode(p, end);
+    if (is_space(first.code)) {
+      p += first.size;
+      continue;
+    }
+    const char* stop = word_end(p + first.size, end);
+    part.ids.push_back(table.id({p, static_cast<size_t>(stop - p)}, end));
+    p = stop;
+  }
+  if (open_line) add_eos();
+  part.words = std::move(table.words);
+}
+
+// One id a character; white space at both ends of a line is dropped, as str.strip() does.
+void encode_characters(const char* p, const char* end, bool last, Part& part) {
+  std::vector<int32_t> table(0x110000 + 1, -1);  // the entry past the last character is `<eos>`
+  const auto add = [&](uint32_t code, std::string_view text) {
+    if (table[code] < 0) {
+      table[code] = static_cast<int32_t>(part.words.size());
+      part.words.push_back(text);
+    }
+    part.ids.push_back(table[code]);
+  };
+  const auto add_between = [&](const char* from, const char* to) {
+    while (from < to) {
+      const Character c = decode(from, to);
+      add(c.code, {from, static_cast<size_t>(c.size)});
+      from += c.size;
+    }
+  };
+  const bool open_line = last && p < end && end[-1] != '\n';
+  const char* written = nullptr;  // the end of what was written of this line; null before its first character
+  while (p < end) {
+    const Character c = decode(p, end);
+    if (c.code == '\n') {
+      add(0x110000, kEos);
+      written = nullptr;
+    } else if (!is_space(c.code)) {
+      add_between(written != nullptr ? written : p, p + c.size);
+      written = p + c.size;
+    }
+    p += c.size;
+  }
+  if (open_line) add(0x110000, kEos);
+}
+
+// ---- The whole text -------------------------------------------------------------------------------------
+
+// Runs `work(0) .. work(n - 1)`, each on a thread of its own, or here where no thread can be had.
+template <class Work>
+void parallel(size_t n, const Work& work) {
+  std::vector<std::thread> threads;
+  for (size_t i = 1; i < n; ++i) {
+    try {
+      threads.emplace_back(work, i);
+    } catch (const std::system_error&) {
+      work(i);
+    }
+  }
+  if (n > 0) work(0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// A part ends behind a line end, or, where `at_spaces`, behind a space: no word and no character is cut.
+std::vector<std::string_view> cut(std::string_view text, size_t n, bool at_spaces) {
+  std::vector<std::string_view> parts;
+  size_t begin = 0;
+  for (size_t i = 1; i <= n && begin < text.size(); ++i) {
+    size_t stop = text.size() / n * i;
+    if (stop < begin) continue;
+    stop = i == n ? text.npos : at_spaces ? text.find_first_of("\n ", stop) : text.find('\n', stop);
+    stop = stop == text.npos ? text.size() : stop + 1;
+    parts.push_back(text.substr(begin, stop - begin));
+    begin = stop;
+  }
+  return parts;
+}
+
+py::tuple encode(const py::buffer& data, size_t threads, bool characters) {
+  const py::buffer_info info = data.request();
+  std::string_view text(static_cast<const char*>(info.ptr), static_cast<size_t>(info.size * info.itemsize));
+  std::vector<Part> parts;
+  std::vector<std::vector<int32_t>> maps;  // ids of a part -> ids of the whole
+  std::vector<size_t> starts;
+  WordTable table;
+  size_t total = 0;
+  const char* invalid = nullptr;
+  {
+    const py::gil_scoped_release release;
+    if (text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
+    const std::vector<std::string_view> texts = cut(text, threads < 1 ? 1 : threads, !characters);
+    parts.resize(texts.size());
+    parallel(parts.size(), [&](size_t i) {
+      const char* begin = texts[i].data();
+      try {
+        (characters ? encode_characters : encode_words)(begin, begin + texts[i].size(), i + 1 == parts.size(),
+                                                        parts[i]);
+      } catch (const InvalidUtf8& error) {
+        parts[i].invalid = error.at;
+      } catch (...) {
+        parts[i].error = std::current_exception();
+      }
+    });
+    for (const Part& part : parts) {
+      if (part.error) std::rethrow_exception(part.error);
+      if (invalid == nullptr) invalid = part.invalid;
+      std::vector<int32_t>& map = maps.emplace_back();
+      for (const std::string_view word : part.words) map.push_back(table.id(word, word.data() + word.size()));
+      starts.push_back(total);
+      total += part.ids.size();
+    }
+  }
+  if (invalid != nullptr) {
+    const py::tuple arguments = py::make_tuple("invalid UTF-8", invalid - static_cast<const char*>(info.ptr));
+    PyErr_SetObject(PyExc_ValueError, arguments.ptr());
+    throw py::error_already_set();
+  }
+  py::array_t<int32_t> ids(static_cast<py::ssize_t>(total));
+  int32_t* out = ids.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    parallel(parts.size(), [&](size_t i) {
+      int32_t* to = out + starts[i];
+      for (const int32_t id : parts[i].ids) *to++ = maps[i][id];
+      parts[i].ids = {};
+    });
+  }
+  py::list words(table.words.size());
+  for (size_t i = 0; i < table.words.size(); ++i)
+    words[i] = py::str(table.words[i].data(), table.words[i].size());
+  return py::make_tuple(words, ids);
+}
+
+// ---- The processor --------------------------------------------------------------------------------------
+
+// Features that both the processor has and the operating system saves; "isa" is the widest set the CPU
+// kernels are built for that this machine runs.
+py::dict cpu_features() {
+  py::dict features;
+#if defined(__x86_64__) || defined(__i386__)
+  unsigned a = 0, b = 0, c = 0, d = 0, b7 = 0, c7 = 0, d7 = 0, a71 = 0, unused = 0;
+  __get_cpuid(1, &a, &b, &c, &d);
+  __get_cpuid_count(7, 0, &a, &b7, &c7, &d7);
+  __get_cpuid_count(7, 1, &a71, &b, &unused, &d);
+  unsigned saved = 0;
+  if (c >> 27 & 1) asm volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+  const bool ymm = (saved & 0x06) == 0x06, zmm = ymm && (saved & 0xE0) == 0xE0,
+             tiles = (saved >> 17 & 3) == 3;
+  const auto set = [&](const char* name, bool usable, unsigned word, int bit) {
+    const bool present = usable && (word >> bit & 1) != 0;
+    features[name] = present;
+    return present;
+  };
+  const bool avx = set("avx", ymm, c, 28);
+  const bool avx2 = set("avx2", ymm, b7, 5) & set("fma", ymm, c, 12) & set("f16c", ymm, c, 29);
+  set("avx_vnni", ymm, a71, 4);
+  const bool avx512 = set("avx512f", zmm, b7, 16) & set("avx512dq", zmm, b7, 17) &
+                      set("avx512bw", zmm, b7, 30) & set("avx512vl", zmm, b7, 31);
+  set("avx512_vnni", zmm, c7, 11);
+  set("avx512_fp16", zmm, d7, 23);
+  const bool bf16 = set("avx512_bf16", zmm, a71, 5);
+  set("amx_tile", tiles, d7, 24);
+  set("amx_bf16", tiles, d7, 22);
+  set("amx_int8", tiles, d7, 25);
+  const bool wide = avx && avx2 && avx512;
+  features["isa"] = wide && bf16 ? "avx512_bf16" : wide ? "avx512" : avx && avx2 ? "avx2" : "baseline";
+#else
+#if defined(__ARM_NEON)
+  features["neon"] = true;
+#endif
+  features["isa"] = "baseline";
+#endif
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "The corpus encoder and the CPU's features.";
+  m.def(
+      "encode_words", [](const py::buffer& data, size_t threads) { return encode(data, threads, false); },
+      py::arg("data"), py::arg("threads") = 1,
+      "UTF-8 text -> (words in order of first occurrence, int32 ids), `<eos>` behind every line.\n\n"
+      "Raises ValueError(\"invalid UTF-8\", byte offset).");
+  m.def(
+      "encode_characters", [](const py::buffer& data, size_t threads) { return encode(data, threads, true); },
+      py::arg("data"), py::arg("threads") = 1,
+      "The same, one id a character of the stripped lines, `<eos>` behind every line.");
+  m.def("cpu_features", &cpu_features, "{feature: bool, \"isa\": name of the kernels' instruction set}.");
+}
