@@ -254,9 +254,9 @@ std::vector<std::string_view> cut(std::string_view text, size_t n, bool at_space
   std::vector<std::string_view> parts;
   size_t begin = 0;
   for (size_t i = 1; i <= n && begin < text.size(); ++i) {
-    size_t stop = text.size() / n * i;
-    if (stop < begin) continue;
-    stop = i == n ? text.npos : at_spaces ? text.find_first_of("\n ", stop) : text.find('\n', stop);
+    size_t stop = i == n ? text.size() : text.size() / n * i;
+    if (stop <= begin) continue;
+    stop = at_spaces ? text.find_first_of("\n ", stop - 1) : text.find('\n', stop - 1);
     stop = stop == text.npos ? text.size() : stop + 1;
     parts.push_back(text.substr(begin, stop - begin));
     begin = stop;

@@ -72,7 +72,8 @@ class BPTTLoader:
     bptt and every scale 1.
 
     Iterating goes on where the last iteration stopped, until the epoch ends: a loop that was left, or a state that
-    was loaded, is continued. A window counts as done when it has been handed out.
+    was loaded, is continued. A window counts as done when it has been handed out: a state that was taken at the last
+    window of an epoch yields nothing, and ends the epoch.
 
     Attributes:
         length: targets a column has in an epoch. position: how many of them are done. epoch: how many epochs are done.
