@@ -152,9 +152,8 @@ def test_cpu_features():
 @needs_host
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's /proc/cpuinfo")
 def test_cpu_features_agree_with_the_kernel():
-    names = next(
-        (line.split(":")[1].split() for line in open("/proc/cpuinfo") if line.startswith(("flags", "Features"))), []
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
     features = host.cpu_features()
     del features["isa"]
     features.pop("neon", None)  # Linux calls it asimd
