@@ -59,3 +59,10 @@ def seed(x: torch.Tensor, like: torch.Tensor) -> None:
         raise ValueError(f"seed must be a scalar tensor, got shape {list(x.shape)}")
     if x.device != like.device:
         raise TypeError(f"seed must be on {like.device}, got {x.device}")
+
+
+def state(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, **sizes: int) -> None:
+    """Raise unless `x` is a state of the named sizes, on the device of `other`, in its dtype or in float32."""
+    floating(name, x)
+    same(name, x, other_name, other, dtype=x.dtype != torch.float32)
+    shape(name, x, **sizes)
