@@ -7,16 +7,16 @@
 namespace fastlm {
 
 struct ForgetMultArgs {
-  const void *f, *x, *h0;    // h0 null: zeros
-  const void *h, *grad;      // backward only
-  void *out, *df, *dx, *dh0; // out forward only, the others backward only
+  const void *f, *x, *h0;     // h0 null: zeros
+  const void *h, *grad;       // backward only
+  void *out, *df, *dx, *dh0;  // out forward only, the others backward only
   int64_t steps;
   Channels channels;
-  DType dtype, state; // of f, x, h, grad and their gradients; of h0 and dh0
+  DType dtype, state;  // of f, x, h, grad and their gradients; of h0 and dh0
   bool reverse;
 };
 
-} // namespace fastlm
+}  // namespace fastlm
 
 #ifdef FASTLM_ISA
 #include "simd.h"
@@ -26,32 +26,25 @@ namespace {
 
 // A run of the initial state in fp32, zeros when there is none; `state` has
 // room for whole vectors.
-void load_state(const void *h0, DType dtype, int64_t offset, int64_t count,
-                float *state) {
+void load_state(const void* h0, DType dtype, int64_t offset, int64_t count, float* state) {
   for (int64_t j = 0; j < count; j += kWidth) {
     vec h = splat(0.0f);
-    if (h0 != nullptr)
-      FASTLM_DISPATCH(
-          dtype,
-          h = load(static_cast<const scalar_t *>(h0) + offset + j, count - j));
+    if (h0 != nullptr) FASTLM_DISPATCH(dtype, h = load(static_cast<const scalar_t*>(h0) + offset + j, count - j));
     store(state + j, h);
   }
 }
 
 template <typename T>
-void forward(const ForgetMultArgs &a, int64_t begin, int64_t end) {
+void forward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
   const auto [batch, hidden, run, runs] = a.channels;
   alignas(64) float state[kChannels];
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / runs * hidden + item % runs * run,
-                  count = lesser(run, hidden - item % runs * run);
+    const int64_t first = item / runs * hidden + item % runs * run, count = lesser(run, hidden - item % runs * run);
     load_state(a.h0, a.state, first, count, state);
     for (int64_t step = 0; step < a.steps; ++step) {
-      const int64_t row =
-          (a.reverse ? a.steps - 1 - step : step) * batch * hidden + first;
-      const T *f = static_cast<const T *>(a.f) + row,
-              *x = static_cast<const T *>(a.x) + row;
-      T *out = static_cast<T *>(a.out) + row;
+      const int64_t row = (a.reverse ? a.steps - 1 - step : step) * batch * hidden + first;
+      const T *f = static_cast<const T*>(a.f) + row, *x = static_cast<const T*>(a.x) + row;
+      T* out = static_cast<T*>(a.out) + row;
       for (int64_t j = 0; j < count; j += kWidth) {
         vec h = load(state + j);
         h += load(f + j, count - j) * (load(x + j, count - j) - h);
@@ -63,131 +56,104 @@ void forward(const ForgetMultArgs &a, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void backward(const ForgetMultArgs &a, int64_t begin, int64_t end) {
+void backward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
   const auto [batch, hidden, run, runs] = a.channels;
   alignas(64) float start[kChannels], sum[kChannels];
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / runs * hidden + item % runs * run,
-                  count = lesser(run, hidden - item % runs * run);
+    const int64_t first = item / runs * hidden + item % runs * run, count = lesser(run, hidden - item % runs * run);
     load_state(a.h0, a.state, first, count, start);
-    for (int64_t j = 0; j < count; j += kWidth)
-      store(sum + j, splat(0.0f));
+    for (int64_t j = 0; j < count; j += kWidth) store(sum + j, splat(0.0f));
     for (int64_t step = a.steps - 1; step >= 0; --step) {
-      const int64_t time = a.reverse ? a.steps - 1 - step : step,
-                    before = a.reverse ? time + 1 : time - 1;
+      const int64_t time = a.reverse ? a.steps - 1 - step : step, before = a.reverse ? time + 1 : time - 1;
       const int64_t row = time * batch * hidden + first;
-      const T *f = static_cast<const T *>(a.f) + row,
-              *x = static_cast<const T *>(a.x) + row;
-      const T *grad = static_cast<const T *>(a.grad) + row;
-      const T *h = step > 0 ? static_cast<const T *>(a.h) +
-                                  before * batch * hidden + first
-                            : nullptr;
-      T *df = static_cast<T *>(a.df) + row, *dx = static_cast<T *>(a.dx) + row;
+      const T *f = static_cast<const T*>(a.f) + row, *x = static_cast<const T*>(a.x) + row;
+      const T* grad = static_cast<const T*>(a.grad) + row;
+      const T* h = step > 0 ? static_cast<const T*>(a.h) + before * batch * hidden + first : nullptr;
+      T *df = static_cast<T*>(a.df) + row, *dx = static_cast<T*>(a.dx) + row;
       for (int64_t j = 0; j < count; j += kWidth) {
-        const vec gate = load(f + j, count - j),
-                  total = load(sum + j) + load(grad + j, count - j);
-        const vec previous =
-            h == nullptr ? load(start + j) : load(h + j, count - j);
+        const vec gate = load(f + j, count - j), total = load(sum + j) + load(grad + j, count - j);
+        const vec previous = h == nullptr ? load(start + j) : load(h + j, count - j);
         store(df + j, (load(x + j, count - j) - previous) * total, count - j);
         store(dx + j, gate * total, count - j);
         store(sum + j, total - gate * total);
       }
     }
     for (int64_t j = 0; j < count; j += kWidth)
-      FASTLM_DISPATCH(a.state, store(static_cast<scalar_t *>(a.dh0) + first + j,
-                                     load(sum + j), count - j));
+      FASTLM_DISPATCH(a.state, store(static_cast<scalar_t*>(a.dh0) + first + j, load(sum + j), count - j));
   }
 }
 
-} // namespace
+}  // namespace
 
-void forget_mult_fwd(const ForgetMultArgs &a, int64_t begin, int64_t end) {
+void forget_mult_fwd(const ForgetMultArgs& a, int64_t begin, int64_t end) {
   FASTLM_DISPATCH(a.dtype, forward<scalar_t>(a, begin, end));
 }
 
-void forget_mult_bwd(const ForgetMultArgs &a, int64_t begin, int64_t end) {
+void forget_mult_bwd(const ForgetMultArgs& a, int64_t begin, int64_t end) {
   FASTLM_DISPATCH(a.dtype, backward<scalar_t>(a, begin, end));
 }
 
-} // namespace fastlm::FASTLM_ISA
+}  // namespace fastlm::FASTLM_ISA
 
 #else
 #include "common.h"
 
-FASTLM_KERNEL(forget_mult_fwd, void, const ForgetMultArgs &, int64_t, int64_t)
-FASTLM_KERNEL(forget_mult_bwd, void, const ForgetMultArgs &, int64_t, int64_t)
+FASTLM_KERNEL(forget_mult_fwd, void, const ForgetMultArgs&, int64_t, int64_t)
+FASTLM_KERNEL(forget_mult_bwd, void, const ForgetMultArgs&, int64_t, int64_t)
 
 namespace fastlm {
 namespace {
 
-void check(const Tensor &f, const Tensor &x, const std::optional<Tensor> &h0) {
-  STD_TORCH_CHECK(f.dim() == 3 && x.sizes().equals(f.sizes()),
-                  "f and x must have one shape [T, B, H]");
-  STD_TORCH_CHECK(x.scalar_type() == f.scalar_type(),
-                  "x must have the dtype of f");
-  STD_TORCH_CHECK(!h0.has_value() || h0->sizes().equals(f.sizes().slice(1)),
-                  "h0 must have shape [B, H]");
+void check(const Tensor& f, const Tensor& x, const std::optional<Tensor>& h0) {
+  STD_TORCH_CHECK(f.dim() == 3 && x.sizes().equals(f.sizes()), "f and x must have one shape [T, B, H]");
+  STD_TORCH_CHECK(x.scalar_type() == f.scalar_type(), "x must have the dtype of f");
+  STD_TORCH_CHECK(!h0.has_value() || h0->sizes().equals(f.sizes().slice(1)), "h0 must have shape [B, H]");
 }
 
 // The pointers that both directions share.
-ForgetMultArgs arguments(const Tensor &f, const Tensor &x,
-                         const std::optional<Tensor> &h0, bool reverse) {
+ForgetMultArgs arguments(const Tensor& f, const Tensor& x, const std::optional<Tensor>& h0, bool reverse) {
   ForgetMultArgs args{};
   args.f = f.const_data_ptr();
   args.x = x.const_data_ptr();
   args.h0 = data(h0);
   args.steps = f.size(0);
-  args.channels =
-      split_channels(f.size(1), f.size(2), torch::stable::get_num_threads());
+  args.channels = split_channels(f.size(1), f.size(2), torch::stable::get_num_threads());
   args.dtype = dtype_of(f, "f");
   args.state = dtype_of(h0.has_value() ? *h0 : f, "h0");
   args.reverse = reverse;
   return args;
 }
 
-void launch(void (*kernel)(const ForgetMultArgs &, int64_t, int64_t),
-            const ForgetMultArgs &args) {
-  const Channels &channels = args.channels;
-  const int64_t grain =
-      1 + 16384 / (channels.run * (args.steps + 1)); // items worth a thread
-  torch::stable::parallel_for(
-      0, channels.batch * channels.runs, grain,
-      [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+void launch(void (*kernel)(const ForgetMultArgs&, int64_t, int64_t), const ForgetMultArgs& args) {
+  const Channels& channels = args.channels;
+  const int64_t grain = 1 + 16384 / (channels.run * (args.steps + 1));  // items worth a thread
+  torch::stable::parallel_for(0, channels.batch * channels.runs, grain,
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-Tensor fwd(const Tensor &f_, const Tensor &x_, const std::optional<Tensor> &h0_,
-           bool reverse) {
+Tensor fwd(const Tensor& f_, const Tensor& x_, const std::optional<Tensor>& h0_, bool reverse) {
   check(f_, x_, h0_);
   const Tensor f = contiguous(f_), x = contiguous(x_);
   const std::optional<Tensor> h0 = contiguous(h0_);
   Tensor out = torch::stable::empty_like(f);
-  if (out.numel() == 0)
-    return out;
+  if (out.numel() == 0) return out;
   ForgetMultArgs args = arguments(f, x, h0, reverse);
   args.out = out.mutable_data_ptr();
   launch(forget_mult_fwd_kernel, args);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor &grad_, const Tensor &f_,
-                                       const Tensor &x_,
-                                       const std::optional<Tensor> &h0_,
-                                       const Tensor &h_, bool reverse) {
+std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_, const Tensor& f_, const Tensor& x_,
+                                       const std::optional<Tensor>& h0_, const Tensor& h_, bool reverse) {
   check(f_, x_, h0_);
-  STD_TORCH_CHECK(grad_.sizes().equals(f_.sizes()) &&
-                      h_.sizes().equals(f_.sizes()),
-                  "grad and h must be like f");
-  STD_TORCH_CHECK(grad_.scalar_type() == f_.scalar_type() &&
-                      h_.scalar_type() == f_.scalar_type(),
+  STD_TORCH_CHECK(grad_.sizes().equals(f_.sizes()) && h_.sizes().equals(f_.sizes()), "grad and h must be like f");
+  STD_TORCH_CHECK(grad_.scalar_type() == f_.scalar_type() && h_.scalar_type() == f_.scalar_type(),
                   "grad and h must have the dtype of f");
-  const Tensor grad = contiguous(grad_), f = contiguous(f_), x = contiguous(x_),
-               h = contiguous(h_);
+  const Tensor grad = contiguous(grad_), f = contiguous(f_), x = contiguous(x_), h = contiguous(h_);
   const std::optional<Tensor> h0 = contiguous(h0_);
   Tensor df = torch::stable::empty_like(f), dx = torch::stable::empty_like(f);
-  Tensor dh0 = torch::stable::new_empty(h0.has_value() ? *h0 : f,
-                                        {f.size(1), f.size(2)});
-  if (dh0.numel() == 0)
-    return {df, dx, dh0};
+  Tensor dh0 = torch::stable::new_empty(h0.has_value() ? *h0 : f, {f.size(1), f.size(2)});
+  if (dh0.numel() == 0) return {df, dx, dh0};
   ForgetMultArgs args = arguments(f, x, h0, reverse);
   args.grad = grad.const_data_ptr();
   args.h = h.const_data_ptr();
@@ -198,8 +164,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor &grad_, const Tensor &f_,
   return {df, dx, dh0};
 }
 
-} // namespace
-} // namespace fastlm
+}  // namespace
+}  // namespace fastlm
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
   m.impl("forget_mult_fwd", TORCH_BOX(&fastlm::fwd));

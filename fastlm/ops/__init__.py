@@ -2,8 +2,10 @@
 
 from fastlm import _lib
 from fastlm.ops.dropconnect import dropconnect, dropconnect_mask
+from fastlm.ops.forget_mult import forget_mult
+from fastlm.ops.qrnn_pool import qrnn_pool
 
-__all__ = ["dropconnect", "dropconnect_mask", "which"]
+__all__ = ["dropconnect", "dropconnect_mask", "forget_mult", "qrnn_pool", "which"]
 
 
 def which(op, *args, impl: str = "auto") -> str:
