@@ -55,6 +55,20 @@ def test_values_and_gradients(dtype, shape, reverse):
                 assert results[0].dtype == dtype
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cuda_values_and_gradients(dtype, shape):
+    for reverse, h0, state in [(False, True, dtype), (True, True, torch.float32), (True, False, None)]:
+        tensors, grad = inputs(shape, dtype, state, h0), torch.randn(shape).to(dtype)
+        exact = with_gradients(reference, [t if t is None else t.double() for t in tensors], grad, reverse=reverse)
+        theirs = with_gradients(plain, tensors, grad, reverse=reverse)
+        on_gpu = [t if t is None else t.cuda() for t in tensors]
+        ours = with_gradients(forget_mult, on_gpu, grad.cuda(), reverse=reverse, impl="cuda")
+        for name, *results in zip(("h", "df", "dx", "dh0"), ours, theirs, exact, strict=False):
+            testing.assert_accurate(name, results[0].cpu(), *results[1:])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_empty(impl):
     for shape in EMPTY:

@@ -67,6 +67,19 @@ def test_values_and_gradients(dtype, shape, pooling):
                 assert results[0].dtype == dtype
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("pooling", GATES)
+def test_cuda_draws_the_mask_of_the_cpu(pooling):
+    tensors, grads = inputs((17, 2, 130), pooling), (torch.randn(17, 2, 130), torch.randn(2, 130))
+    options = {"pooling": pooling, "zoneout": 0.3, "training": True}
+    on_gpu, gpu_grads = [t.cuda() for t in tensors], [grad.cuda() for grad in grads]
+    ours = with_gradients(qrnn_pool, on_gpu, gpu_grads, seed=torch.tensor(2**40, device="cuda"), **options)
+    for name, *results in zip(
+        ("h", "c_n", "dgates", "dc0"), ours, exactly(tensors, grads, seed=torch.tensor(2**40), **options), strict=True
+    ):
+        testing.assert_close(name, results[0].cpu(), results[1], 3e-6)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("pooling", GATES)
 def test_empty(impl, pooling):
