@@ -131,6 +131,9 @@ def test_threads_start_at_one_and_buffers_are_read_in_place():
     data = bytearray(b"a b a\n")
     assert host.encode_words(memoryview(data), 2)[1].tolist() == [0, 1, 0, 2]
     assert data == b"a b a\n"
+    for wrong in (memoryview(data)[::2], np.zeros(4, np.int32), np.zeros((2, 2), np.uint8)):
+        with pytest.raises(TypeError, match="data must be a contiguous buffer of bytes"):
+            host.encode_words(wrong, 1)
     with pytest.raises(TypeError):
         host.encode_words("text", 1)
 
