@@ -1,0 +1,257 @@
+"""What pip builds: pure or native, decided by what is there, and said in one line; what the modules may refer to."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+PIP = "-m", "pip", "--disable-pip-version-check", "wheel", "-v", "--no-deps"
+INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16")
+OBJECTS = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeFiles"
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+
+
+def module(name):
+    """A native module of the tree under test."""
+    path = ROOT / "fastlm" / name
+    if not path.exists():
+        pytest.skip(f"no {name} was built")
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the tree with one operator's kernel, and with modules that an earlier build left behind."""
+    tree = tmp_path / "source"
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+    for folder in ("fastlm", "csrc"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignore)
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".git":
+            shutil.copy(path, tree)
+    for path in (tree / "csrc").iterdir():
+        if path.suffix in (".cpp", ".cu") and path.stem not in ("isa", "host", "dropconnect"):
+            path.unlink()
+    for name in ("_C.so", "_C_cuda.so", f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"):
+        (tree / "fastlm" / name).write_text("left behind")
+    return tree
+
+
+@pytest.fixture
+def python(tmp_path):
+    """An interpreter that has the packages of this one, but no build tool beside it."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    executable = tmp_path / "venv" / "bin" / "python"
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run(
+        [executable, "-c", query], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    (Path(site) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return executable
+
+
+def build(python, source, *options, tools=(), **environment):
+    """`pip wheel`, with nothing but `tools` on PATH; returns the exit status, the output and the wheel."""
+    path = source.parent / "tools"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    for name in tools:
+        (path / name).symlink_to(shutil.which(name))
+    environment = {key: value for key, value in os.environ.items() if key[:6] != "FASTLM"} | environment
+    environment.pop("CXX", None)
+    wheels = source.parent / "wheels"
+    command = [python, *PIP, *options, "--wheel-dir", wheels, source]
+    result = subprocess.run(
+        command, env=environment | {"PATH": str(path)}, capture_output=True, text=True, cwd=source.parent
+    )
+    return result.returncode, result.stdout + result.stderr, next(wheels.glob("*.whl"), None)
+
+
+def record(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return json.loads(archive.read("fastlm/_build.json"))
+
+
+def native_modules(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if name.endswith(".so")}
+
+
+def run_installed(wheel, code):
+    """Run code where the wheel is installed and the tree is not."""
+    folder = wheel.parent / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import fastlm; assert fastlm.__file__.startswith({str(folder)!r}); {code}"],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+CALL = (
+    "import torch; from fastlm.ops import dropconnect, which; w = torch.ones(5);"
+    "print(which('dropconnect', w), dropconnect(w, 0.5, torch.tensor(3)).tolist())"
+)
+
+
+def test_isolated_build_is_pure_and_works(source):
+    from fastlm.ops import dropconnect
+
+    status, output, wheel = build(sys.executable, source)
+    if "No matching distribution found for setuptools" in output:
+        pytest.skip("pip cannot fetch setuptools for an isolated build here")
+    assert status == 0, output
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert native_modules(wheel) == set()
+    assert "no torch in the build environment" in record(wheel)["reason"]
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = next(name for name in names if name.endswith("dist-info/WHEEL"))
+        assert "Root-Is-Purelib: true" in archive.read(metadata).decode()
+    files = [*(ROOT / "fastlm").rglob("*.py"), *(ROOT / "fastlm").rglob("*.toml")]
+    assert {str(path.relative_to(ROOT)) for path in files} <= names
+
+    import torch
+
+    expected = dropconnect(torch.ones(5), 0.5, torch.tensor(3), impl="reference").tolist()
+    assert run_installed(wheel, CALL) == f"reference {expected}"
+
+
+@needs_compiler
+def test_build_without_isolation_is_native_and_works(source):
+    pytest.importorskip("pybind11")
+    tools = [name for name in ("ld", "as", "ar", "ranlib", COMPILER) if shutil.which(name)]
+    if not all(shutil.which(name, path=sysconfig.get_path("scripts")) for name in ("cmake", "ninja")):
+        pytest.skip("needs cmake and ninja from pip")
+    options = {"FASTLM_BUILD": "1", "FASTLM_CUDA": "0"}
+    status, output, wheel = build(sys.executable, source, "--no-build-isolation", tools=tools, **options)
+    assert status == 0, output
+    assert "none-any" not in wheel.name
+    assert "fastlm/_C.so" in native_modules(wheel) and "fastlm/_C_cuda.so" not in native_modules(wheel)
+    assert record(wheel)["reason"] is None
+    assert {f"fastlm/{name}" for name in record(wheel)["modules"]} == native_modules(wheel)
+    assert run_installed(wheel, CALL).startswith("cpu ")
+
+
+@pytest.mark.parametrize(
+    ("tools", "missing"),
+    [((), "no C++ compiler"), (("c++",), "no cmake"), (("c++", "cmake"), "no ninja")],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_one_line_says_what_is_missing(source, python, tools, missing):
+    if not all(map(shutil.which, tools)):
+        pytest.skip(f"needs {' and '.join(tools)}")
+    status, output, wheel = build(python, source, "--no-build-isolation", tools=tools)
+    assert status == 0, output
+    assert wheel.name.endswith("-py3-none-any.whl") and native_modules(wheel) == set()
+    lines = [line.strip() for line in output.splitlines() if line.strip().startswith("fastlm: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"fastlm: {missing}")
+    assert record(wheel)["reason"].startswith(missing)
+
+    status, output, _ = build(python, source, "--no-build-isolation", tools=tools, FASTLM_BUILD="1")
+    assert status != 0
+    assert f"FASTLM_BUILD=1 but {missing}" in output
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile(source):
+    pytest.importorskip("pybind11")
+    for path in (source / "csrc").glob("*.c*"):
+        path.unlink()
+    (source / "csrc" / "isa.cpp").write_text("#error broken\n")
+    tools = [name for name in ("cmake", "ninja", "ld", "as", "ar", "ranlib", COMPILER) if shutil.which(name)]
+    options = {"FASTLM_CUDA": "0", "tools": tools}
+    status, output, wheel = build(sys.executable, source, "--no-build-isolation", **options)
+    assert status == 0, output
+    assert "fastlm: the native build failed" in output
+    assert native_modules(wheel) == set() and "the native build failed" in record(wheel)["reason"]
+    status, output, _ = build(sys.executable, source, "--no-build-isolation", FASTLM_BUILD="1", **options)
+    assert status != 0 and "FASTLM_BUILD=1 but the native build failed" in output
+
+
+def test_settings_of_the_build(source, python):
+    status, output, wheel = build(python, source, "--no-build-isolation", tools=("c++",), FASTLM_BUILD="0")
+    assert status == 0, output
+    assert record(wheel)["reason"] == "FASTLM_BUILD=0"
+    status, output, _ = build(python, source, "--no-build-isolation", FASTLM_BUILD="yes")
+    assert status != 0
+    assert "FASTLM_BUILD must be auto, 0 or 1, got 'yes'" in output
+
+
+def test_torch_is_never_imported(source, python, tmp_path):
+    fake = tmp_path / "fake" / "torch"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("raise SystemExit('torch was imported')\n")
+    status, output, wheel = build(python, source, "--no-build-isolation", PYTHONPATH=str(fake.parent))
+    assert status == 0, output
+    assert "no C++ compiler" in record(wheel)["reason"]  # so torch was looked for, and found
+
+
+def test_sdist_can_build_everything(source):
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(source.parent)!r}))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(source.parent / result.stdout.splitlines()[-1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(source)) for path in (source / "csrc").iterdir()}
+    assert sources | {"setup.py", "CMakeLists.txt", "LICENSE", "README.md"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def symbols(path, *options):
+    """(type, name) of the symbols of an object file or module."""
+    result = subprocess.run(["nm", *options, path], capture_output=True, text=True, check=True)
+    return [line.split()[-2:] for line in result.stdout.splitlines() if line.strip()]
+
+
+@needs_nm
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_wider_kernels_share_no_code(instruction_set):
+    """A weak symbol of an AVX-512 unit may be the copy that the linker keeps for all: code a machine may lack."""
+    objects = list((OBJECTS / f"kernels_{instruction_set}.dir" / "csrc").glob("*.o"))
+    if not objects:
+        pytest.skip(f"no kernels for {instruction_set} were built in this tree")
+    for path in objects:
+        for kind, name in symbols(path, "--defined-only"):
+            assert kind not in "WwVvu", f"{path.name} defines {name}, which other units may share"
+            if kind.isupper():
+                assert name.startswith(f"_ZN6fastlm{len(instruction_set)}{instruction_set}"), name
+
+
+@needs_nm
+@pytest.mark.parametrize("name", ["_C.so", "_C_cuda.so"])
+def test_modules_use_the_stable_abi_only(name):
+    for _, symbol in symbols(module(name), "-D", "--undefined-only"):
+        assert not any(part in symbol for part in ("N2at", "N3c10", "N5torch", "Py")), symbol
+
+
+@pytest.mark.parametrize("name", ["_C.so", "_C_cuda.so"])
+def test_every_source_is_in_its_module(name):
+    content = module(name).read_bytes()
+    sources = (ROOT / "csrc").glob("*.cpp" if name == "_C.so" else "*.cu")
+    for stem in {path.stem for path in sources} - {"host", "isa"}:
+        assert stem.encode() in content, f"{name} registers nothing of {stem}"
+
+
+def test_cuda_module_is_built_where_nvcc_is():
+    build_record = ROOT / "fastlm" / "_build.json"
+    if shutil.which("nvcc") is None or not build_record.exists() or os.environ.get("FASTLM_CUDA") == "0":
+        pytest.skip("no nvcc, or no native build was wanted")
+    if not (ROOT / "fastlm" / "_C.so").exists():
+        pytest.skip("no native build")
+    assert "_C_cuda.so" in json.loads(build_record.read_text())["modules"]
