@@ -20,7 +20,7 @@ IN_VENV := PATH="$(BIN):$$PATH"
 STAMPS := $(VENV)/stamps
 # Another TORCH is another stamp, so that changing it installs it and builds anew.
 TORCH_STAMP := $(STAMPS)/torch-$(subst /,_,$(TORCH))
-NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

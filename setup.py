@@ -39,38 +39,41 @@ def tool(name):
 
 def why_not():
     """The first missing piece of a native build, or None."""
-    if MODE == "0":
-        return "FASTLM_BUILD=0"
-    if sys.platform == "win32":
-        return "no native build for Windows"
-    if package_dir("torch") is None:
-        return "no torch in the build environment (install torch, then use --no-build-isolation)"
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    if not any(shutil.which(name) for name in compilers):
-        return "no C++ compiler (install g++ or clang++, or set CXX)"
-    for name in ("cmake", "ninja"):
-        if tool(name) is None:
-            return f"no {name} (pip install {name})"
-    return None if package_dir("pybind11") else "no pybind11 (pip install pybind11)"
+    pieces = {
+        "FASTLM_BUILD=0": MODE != "0",
+        "no native build for Windows": sys.platform != "win32",
+        "no torch in the build environment (install torch, then use --no-build-isolation)": package_dir("torch"),
+        "no C++ compiler (install g++ or clang++, or set CXX)": any(map(shutil.which, compilers)),
+        "no cmake (pip install cmake)": tool("cmake"),
+        "no ninja (pip install ninja)": tool("ninja"),
+    }
+    return next((reason for reason, there in pieces.items() if not there), None)
+
+
+def host_why_not():
+    """The first missing piece of _host, without which the kernels can do, or None."""
+    if package_dir("pybind11") is None:
+        return "no pybind11 (pip install pybind11)"
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return None if headers else "no headers of Python (Debian: apt install python3-dev)"
 
 
 def cmake_options(out):
     """What CMakeLists.txt is told; every option every time, since CMake remembers those of the last build."""
     cuda = os.environ.get("FASTLM_CUDA", "1") != "0" and (tool("nvcc") or os.environ.get("CUDACXX"))
-    arches = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX").replace(".", "").replace(";", " ").split()
-    # CMake's "90" is code and PTX, its "90-real" code alone
-    kinds = [arch[:-4] if arch.endswith("+PTX") else f"{arch}-real" for arch in arches]
+    arches = (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX").replace(".", "").replace(";", " ").split()
+    kinds = [arch[:-4] if arch.endswith("+PTX") else f"{arch}-real" for arch in arches]  # "90" is both, "90-real" code
     options = {
         "OUT": out,
         "TORCH_DIR": package_dir("torch"),
-        "PYBIND11_INCLUDE": package_dir("pybind11") / "include",
+        "FASTLM_HOST": "OFF" if host_why_not() else "ON",
+        "PYBIND11_DIR": package_dir("pybind11"),
         "PYTHON_INCLUDE": sysconfig.get_path("include"),
         "HOST_SUFFIX": HOST_SUFFIX,
         "FASTLM_CUDA": "ON" if cuda else "OFF",
         "CMAKE_MAKE_PROGRAM": tool("ninja"),
         "CMAKE_CUDA_ARCHITECTURES": ";".join(kinds),
-        "CMAKE_CXX_COMPILER_LAUNCHER": shutil.which("ccache") or "",
-        "CMAKE_CUDA_COMPILER_LAUNCHER": shutil.which("ccache") or "",
     }
     return [*(f"-D{k}={v}" for k, v in options.items()), *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
 
@@ -82,12 +85,10 @@ class Build(build):
 
 class CMakeBuild(build_ext):
     def run(self):
-        in_place = self.inplace or self.editable_mode
-        out = (ROOT if in_place else Path(self.build_lib).resolve()) / "fastlm"
-        out.mkdir(parents=True, exist_ok=True)
+        out = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "fastlm"
         for name in MODULES:  # those of an earlier build, which a pure one must not take along
             (out / name).unlink(missing_ok=True)
-        reason = WHY_NOT or self.cmake(out)
+        reason = WHY_NOT or self.cmake(out) or host_why_not()
         modules = [name for name in MODULES if (out / name).exists()]
         if reason:
             print(f"fastlm: {reason}; native modules: {', '.join(modules) or 'none'}", file=sys.stderr)
@@ -96,13 +97,13 @@ class CMakeBuild(build_ext):
         (out / "_build.json").write_text(json.dumps(report) + "\n")
 
     def cmake(self, out):
-        """Build all that builds; returns the reason of a failure, or None."""
-        # not build_temp: a new folder at every editable install, which would compile everything again
+        """Build all that can be built; returns the reason of a failure, or None."""
+        # not build_temp, which is a new one at every editable install and would compile everything again
         tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         try:
             subprocess.check_call([tool("cmake"), "-S", ROOT, "-B", tree, "-G", "Ninja", *cmake_options(out)])
-            subprocess.check_call([tool("cmake"), "--build", tree, *jobs, "--", "-k", "0"])
+            subprocess.check_call([tool("cmake"), "--build", tree, "-j", jobs, "--", "-k", "0"])
         except subprocess.CalledProcessError as error:
             if MODE == "1":
                 sys.exit(f"FASTLM_BUILD=1 but the native build failed (exit status {error.returncode})")
@@ -113,8 +114,7 @@ class CMakeBuild(build_ext):
 if MODE not in ("auto", "0", "1"):
     sys.exit(f"FASTLM_BUILD must be auto, 0 or 1, got {MODE!r}")
 WHY_NOT = why_not()
-if WHY_NOT and MODE == "1":
-    sys.exit(f"FASTLM_BUILD=1 but {WHY_NOT}")
+if MODE == "1" and (WHY_NOT or host_why_not()):
+    sys.exit(f"FASTLM_BUILD=1 but {WHY_NOT or host_why_not()}")
 # any extension makes a wheel of this platform; none, one for all
-extensions = [] if WHY_NOT else [Extension("fastlm._C", [])]
-setup(ext_modules=extensions, cmdclass={"build": Build, "build_ext": CMakeBuild})
+setup(ext_modules=[] if WHY_NOT else [Extension("fastlm._C", [])], cmdclass={"build": Build, "build_ext": CMakeBuild})

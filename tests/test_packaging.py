@@ -13,11 +13,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+
+
+def tool(name):
+    """A program of this environment or of the machine."""
+    return shutil.which(name, path=SCRIPTS)
+
+
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+BUILD_TOOLS = [name for name in (COMPILER, "cmake", "ninja", "ld", "as", "ar", "ranlib") if name and tool(name)]
 PIP = "-m", "pip", "--disable-pip-version-check", "wheel", "-v", "--no-deps"
 INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16")
 OBJECTS = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeFiles"
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not all(map(tool, (COMPILER or "c++", "cmake", "ninja"))), reason="needs a C++ compiler, cmake and ninja"
+)
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 
 
@@ -53,9 +64,7 @@ def python(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     executable = tmp_path / "venv" / "bin" / "python"
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = subprocess.run(
-        [executable, "-c", query], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    site = subprocess.run([executable, "-c", query], check=True, capture_output=True, text=True).stdout.strip()
     (Path(site) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return executable
 
@@ -66,7 +75,7 @@ def build(python, source, *options, tools=(), **environment):
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     for name in tools:
-        (path / name).symlink_to(shutil.which(name))
+        (path / name).symlink_to(tool(name))
     environment = {key: value for key, value in os.environ.items() if key[:6] != "FASTLM"} | environment
     environment.pop("CXX", None)
     wheels = source.parent / "wheels"
@@ -135,11 +144,8 @@ def test_isolated_build_is_pure_and_works(source):
 @needs_compiler
 def test_build_without_isolation_is_native_and_works(source):
     pytest.importorskip("pybind11")
-    tools = [name for name in ("ld", "as", "ar", "ranlib", COMPILER) if shutil.which(name)]
-    if not all(shutil.which(name, path=sysconfig.get_path("scripts")) for name in ("cmake", "ninja")):
-        pytest.skip("needs cmake and ninja from pip")
-    options = {"FASTLM_BUILD": "1", "FASTLM_CUDA": "0"}
-    status, output, wheel = build(sys.executable, source, "--no-build-isolation", tools=tools, **options)
+    options = {"tools": BUILD_TOOLS, "FASTLM_BUILD": "1", "FASTLM_CUDA": "0"}
+    status, output, wheel = build(sys.executable, source, "--no-build-isolation", **options)
     assert status == 0, output
     assert "none-any" not in wheel.name
     assert "fastlm/_C.so" in native_modules(wheel) and "fastlm/_C_cuda.so" not in native_modules(wheel)
@@ -154,7 +160,7 @@ def test_build_without_isolation_is_native_and_works(source):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_one_line_says_what_is_missing(source, python, tools, missing):
-    if not all(map(shutil.which, tools)):
+    if not all(map(tool, tools)):
         pytest.skip(f"needs {' and '.join(tools)}")
     status, output, wheel = build(python, source, "--no-build-isolation", tools=tools)
     assert status == 0, output
@@ -169,13 +175,26 @@ def test_one_line_says_what_is_missing(source, python, tools, missing):
 
 
 @needs_compiler
+def test_without_pybind11_the_kernels_are_built(source, tmp_path):
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "pybind11.py").touch()
+    options = {"tools": BUILD_TOOLS, "FASTLM_CUDA": "0", "PYTHONPATH": str(fake)}
+    status, output, wheel = build(sys.executable, source, "--no-build-isolation", **options)
+    assert status == 0, output
+    assert native_modules(wheel) == {"fastlm/_C.so"}
+    assert "fastlm: no pybind11 (pip install pybind11); native modules: _C.so" in output
+    status, output, _ = build(sys.executable, source, "--no-build-isolation", FASTLM_BUILD="1", **options)
+    assert status != 0 and "FASTLM_BUILD=1 but no pybind11" in output
+
+
+@needs_compiler
 def test_a_source_that_does_not_compile(source):
     pytest.importorskip("pybind11")
     for path in (source / "csrc").glob("*.c*"):
         path.unlink()
     (source / "csrc" / "isa.cpp").write_text("#error broken\n")
-    tools = [name for name in ("cmake", "ninja", "ld", "as", "ar", "ranlib", COMPILER) if shutil.which(name)]
-    options = {"FASTLM_CUDA": "0", "tools": tools}
+    options = {"tools": BUILD_TOOLS, "FASTLM_CUDA": "0"}
     status, output, wheel = build(sys.executable, source, "--no-build-isolation", **options)
     assert status == 0, output
     assert "fastlm: the native build failed" in output
