@@ -10,7 +10,7 @@ import torch
 
 from fastlm import _lib
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE_ROOT = Path(_lib.__file__).resolve().parents[1]  # of the fastlm under test, in the tree or installed
 
 
 def pytest_report_header(config):
@@ -56,7 +56,7 @@ def fresh_python():
     """Run Python source in a new process with a changed environment; returns its stdout, fails on a bad exit."""
 
     def run(source: str, **environment: str) -> str:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
         done = subprocess.run(
             [sys.executable, "-c", source],
             env={**os.environ, "PYTHONPATH": path, **environment},
