@@ -132,8 +132,10 @@ def auto_report() -> dict:
     importlib.import_module("fastlm.ops")
     report = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        tensor = torch.empty(0, device=device)
-        chosen = {name: library.resolve(name, "auto", tensor) for name in sorted(library.ops)}
+        chosen = {}
+        for name, op in sorted(library.ops.items()):
+            tensor = torch.empty(0, dtype=op.dtypes[0], device=device)
+            chosen[name] = library.resolve(name, "auto", tensor)
         report[device] = {name: impl.replace("fallback", "reference") for name, impl in chosen.items()}
     return report
 
