@@ -6,7 +6,7 @@
 #
 # PYTHON=python3.12      the interpreter the virtual environment is made from
 # TORCH="torch==2.13.0"  the torch to build against and run on
-# ARGS="-k lstm"         more arguments for pytest
+# ARGS="-k lstm"         more arguments for the command that the target runs
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -26,7 +26,7 @@ NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/fastlm
-	$(BIN)/python -m fastlm.demo $(ARGS)
+	$(BIN)/fastlm demo $(ARGS)
 
 test: $(STAMPS)/fastlm
 	$(IN_VENV) python -m pytest $(ARGS)

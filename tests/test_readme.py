@@ -1,0 +1,47 @@
+"""The README tells the truth: its examples run, its table is what there is."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"^`fastlm\.([\w.]+)`[^\n]*\n+```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_every_python_block_is_an_example():
+    assert len(EXAMPLES) == README.count("```python")
+    names = [name for name, _ in EXAMPLES]
+    assert names == ["nn.LSTM", "nn.QRNN", "nn.WeightDrop", "nn.NeuralCache", "nn.LinearCrossEntropyLoss"]
+
+
+@pytest.mark.parametrize(("name", "source"), EXAMPLES, ids=lambda value: value if "\n" not in value else "")
+def test_example_runs(name, source):
+    assert source.count("\n") <= 16, "an example has 15 lines or so"
+    exec(compile(source, f"README.md: {name}", "exec"), {"__name__": "example"})
+
+
+def test_table_of_operators():
+    from fastlm import _lib
+
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", README, re.MULTILINE)
+    assert {name for name, _ in rows} == set(_lib.ops)
+    for name, cells in rows:
+        reference, cpu, cuda, aten = (cell == "yes" for cell in cells.split(" | "))
+        stem = name.removesuffix("_mask")
+        assert reference
+        assert cpu is (ROOT / "csrc" / f"{stem}.cpp").exists(), name
+        assert cuda is (ROOT / "csrc" / f"{stem}.cu").exists(), name
+        assert aten is ("aten" in _lib.ops[name].extra), name
+
+
+def test_commands_exist():
+    from fastlm import cli
+
+    for command in re.findall(r"^fastlm (.+?)(?:\s+#.*)?$", README, re.MULTILINE):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command.split()[0], "--help"])
+        assert stop.value.code == 0
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
