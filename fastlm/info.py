@@ -79,16 +79,17 @@ def nvcc() -> str | None:
 def processor() -> dict:
     """Name and vector features, from what the system says of itself."""
     fields = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+    if Path("/proc/cpuinfo").exists():
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
         fields = {key.strip(): value.strip() for key, _, value in lines}
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    return {
-        "name": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "features": [flag for flag in flags if flag in FEATURES],
-    }
+    try:
+        host = importlib.import_module("fastlm._host")
+        features = [name for name, there in host.cpu_features().items() if there is True]
+    except ImportError:
+        flags = fields.get("flags", fields.get("Features", "")).split()
+        features = [flag for flag in flags if flag in FEATURES]
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return {"name": name, "cores": os.cpu_count(), "features": features}
 
 
 def gpus() -> list[str]:
@@ -100,11 +101,17 @@ def gpus() -> list[str]:
     return result.stdout.split("\n")[:-1] if result.returncode == 0 else []
 
 
+def switched_off() -> bool:
+    return os.environ.get("FASTLM_DISABLE_NATIVE", "0") not in ("", "0")
+
+
 def native(name: str) -> str | None:
     return importlib.import_module("fastlm._lib").status[name]
 
 
 def host() -> str | None:
+    if switched_off():
+        return "switched off by FASTLM_DISABLE_NATIVE"
     try:
         importlib.import_module("fastlm._host")
     except ModuleNotFoundError:
@@ -154,7 +161,7 @@ def advice(report: dict) -> str | None:
         return f"pip install --force-reinstall {' '.join(broken)}"
     if "error" in report["torch"]:
         return 'pip install --force-reinstall "torch>=2.10"'
-    if report["environment"].get("FASTLM_DISABLE_NATIVE", "0") not in ("", "0"):
+    if switched_off():
         return "unset FASTLM_DISABLE_NATIVE"
     if not (modules["_C"]["loaded"] and modules["_host"]["loaded"]):
         if compilers["c++"] is None:

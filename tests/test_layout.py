@@ -22,7 +22,6 @@ PUBLIC_OPS = {
     "qrnn_pool",
 }
 NOT_OPS = {"philox"}  # what operators share, beside the modules with a leading underscore
-SHARED_SOURCES = {"common", "dtype", "host", "isa", "philox", "ptx", "simd"}
 # Each part of the package and the parts that it may import.
 MAY_IMPORT = {
     "errors": set(),
@@ -78,11 +77,17 @@ def test_an_op_is_one_stem(path):
 
 def test_other_folders_use_the_stems_of_the_ops():
     stems = {path.stem for path in op_files()}
-    sources = {path.stem for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu", ".h")}
-    assert sources <= stems | SHARED_SOURCES
+    assert {path.stem for path in (ROOT / "csrc").glob("*.c*") if path.suffix != ".cuh"} <= stems | {"host", "isa"}
     assert {path.stem for path in (PACKAGE / "triton").glob("*.py")} <= stems | {"__init__", "common"}
     benches = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert benches <= stems | {"training"}
+
+
+def test_a_header_is_what_two_files_share():
+    files = [path for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu", ".h", ".cuh")]
+    for header in (path for path in files if path.suffix in (".h", ".cuh")):
+        users = [path.name for path in files if f'#include "{header.name}"' in path.read_text()]
+        assert len(users) >= 2, f"{header.name} is used by {users} alone"
 
 
 def test_public_ops():
@@ -99,7 +104,7 @@ def test_sizes():
     limits = {"setup.py": 120, "CMakeLists.txt": 80}
     files = [ROOT / name for name in limits]
     for folder in ("fastlm", "csrc", "tests", "benchmarks"):
-        files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".cu", ".h", ".toml")]
+        files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".toml")]
     lines = {relative(path): len(path.read_text().splitlines()) for path in files}
     too_long = {name: count for name, count in lines.items() if count > limits.get(name, 500)}
     assert not too_long, "past 500 lines a file holds two ideas"
