@@ -35,7 +35,7 @@ lint: $(STAMPS)/pre-commit
 	PRE_COMMIT_HOME="$(abspath $(VENV))/pre-commit" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastlm/*.so fastlm/_build.json
+	rm -rf $(VENV) build dist *.egg-info fastlm/*.so fastlm/_build.json .pytest_cache .hypothesis .ruff_cache
 
 $(STAMPS)/venv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make PYTHON=...")'
@@ -52,7 +52,7 @@ $(STAMPS)/build-tools: $(TORCH_STAMP)
 	@touch $@
 
 $(STAMPS)/fastlm: $(STAMPS)/build-tools $(NATIVE)
-	$(IN_VENV) pip install --no-build-isolation -e ".[test]"
+	$(IN_VENV) pip install --no-build-isolation -e ".[plot,test]"
 	@touch $@
 
 $(STAMPS)/pre-commit: $(STAMPS)/venv

@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
 OPS = {
     "cache_attention",
     "cache_distribution",
@@ -21,14 +21,16 @@ OPS = {
 }
 
 
-def run(*arguments, path=ROOT, **environment):
-    """Run `python -m fastlm.info` in a fresh process; the package is found where pytest found it."""
+def run(*arguments, before=None, **environment):
+    """Run `python -m fastlm.info` in a fresh process, with a folder of packages that come before all others."""
     import fastlm
 
-    folders = [path, Path(fastlm.__file__).parents[1]]
-    environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
-    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-m", "fastlm.info", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=path)
+    # from a folder without a fastlm, since the current one comes first: the package is the one under test
+    folders = [str(before)] if before else []
+    folders += [str(Path(fastlm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    command = [sys.executable, "-m", "fastlm.info", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir())
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -98,18 +100,18 @@ def test_native_switched_off():
 )
 def test_broken_torch(tmp_path, line):
     break_package(tmp_path, "torch", line)
-    report = json.loads(run("--json", path=tmp_path))
+    report = json.loads(run("--json", before=tmp_path))
     if line:
         assert line.split("'")[1] in report["torch"]["error"]
     assert not report["modules"]["_C"]["loaded"]
     assert report["advice"] == 'pip install --force-reinstall "torch>=2.10"'
-    text = run(path=tmp_path)
+    text = run(before=tmp_path)
     assert "PyTorch does not import" in text and text.splitlines()[-1].endswith(report["advice"])
 
 
 def test_broken_numpy(tmp_path):
     break_package(tmp_path, "numpy", "raise ImportError('numpy.core.multiarray failed to import')")
-    report = json.loads(run("--json", path=tmp_path))
+    report = json.loads(run("--json", before=tmp_path))
     assert "multiarray" in report["required"]["numpy"]["error"]
     assert report["advice"] == "pip install --force-reinstall numpy"
 

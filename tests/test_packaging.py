@@ -239,6 +239,17 @@ def test_sdist_can_build_everything(source):
     assert not [name for name in names if name.endswith(".so")]
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_installs_torch_first_and_alone(target, tmp_path):
+    command = ["make", "--dry-run", target, f"VENV={tmp_path / 'venv'}", "TORCH=torch==9.9", "PYTHON=python9"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[1] == f"python9 -m venv {tmp_path / 'venv'}"
+    pip = [line for line in lines if "pip install" in line]
+    assert pip[0].endswith('bin/pip install "torch==9.9"')
+    assert len(pip) == 3 and "cmake" in pip[1] and pip[2].endswith('pip install --no-build-isolation -e ".[plot,test]"')
+
+
 def symbols(path, *options):
     """(type, name) of the symbols of an object file or module."""
     result = subprocess.run(["nm", *options, path], capture_output=True, text=True, check=True)
