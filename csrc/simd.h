@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "dtype.h"
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -40,8 +40,18 @@ FASTLM_INLINE ivec lane_index() {
 }
 
 FASTLM_INLINE vec select(ivec mask, vec yes, vec no) { return mask ? yes : no; }
+
+// b where either is NaN. The compiler makes two instructions of the comparison, hence the intrinsics.
+#if defined(__AVX512F__)
+FASTLM_INLINE vec max(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+FASTLM_INLINE vec min(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+FASTLM_INLINE vec max(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+FASTLM_INLINE vec min(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 FASTLM_INLINE vec max(vec a, vec b) { return select(a > b, a, b); }
 FASTLM_INLINE vec min(vec a, vec b) { return select(a < b, a, b); }
+#endif
 
 // ---- float16 of one element, for sets without conversion instructions
 FASTLM_INLINE float to_float(float x) { return x; }
@@ -166,6 +176,15 @@ FASTLM_INLINE void store(T* p, vec v, int64_t n) {
   std::memcpy(p, tile, n * sizeof(T));
 }
 
+// Calls body(j, n) for j = 0, kWidth, ... below `count`, with n the elements from j on, kWidth at most: a constant but
+// in the last call, so that load(p, n) and store(p, v, n) cost nothing before.
+template <typename Body>
+FASTLM_INLINE void for_each_vector(int64_t count, Body body) {
+  int64_t j = 0;
+  for (; j + kWidth <= count; j += kWidth) body(j, kWidth);
+  if (j < count) body(j, count - j);
+}
+
 FASTLM_INLINE float sum(vec v) {
   for (int step = kWidth / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) v[i] += v[i + step];
@@ -184,10 +203,20 @@ FASTLM_INLINE vec power_of_two(vec k) { return (vec)((__builtin_convertvector(k,
 
 FASTLM_INLINE vec round_to_integer(vec x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 
+// p 2^k for an integral k in [-150, 129].
+FASTLM_INLINE vec scale_by_power_of_two(vec p, vec k) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)k);
+#else
+  const vec half = round_to_integer(k * 0.5f);  // two factors: 2^k itself may be subnormal or infinite
+  return p * power_of_two(half) * power_of_two(k - half);
+#endif
+}
+
 // e^x: x = k ln 2 + r with |r| <= ln 2 / 2, a degree-6 polynomial in r, error below 2 ulp; 0 and infinity at
 // the ends, NaN stays.
 FASTLM_INLINE vec exp(vec x) {
-  const vec clamped = min(max(x, splat(-104.0f)), splat(89.0f));
+  const vec clamped = min(splat(89.0f), max(splat(-104.0f), x));  // in this order NaN stays
   const vec k = round_to_integer(clamped * 0x1.715476p0f);
   const vec r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
   vec p = splat(0x1.6a2352p-10f);  // minimax relative error 3e-9 on that interval
@@ -197,16 +226,15 @@ FASTLM_INLINE vec exp(vec x) {
   p = p * r + 0x1.fffffcp-2f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const vec half = round_to_integer(k * 0.5f);  // two factors: 2^k itself may be subnormal or infinite
-  p = p * power_of_two(half) * power_of_two(k - half);
-  return select(x != x, x, p);
+  return scale_by_power_of_two(p, k);
 }
 
 FASTLM_INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
 
 // tanh from e^(2|x|), and an odd polynomial near 0 where that form cancels.
 FASTLM_INLINE vec tanh(vec x) {
-  const vec a = select(x < 0.0f, -x, x);
+  const ivec sign = (ivec)x & isplat(INT32_MIN);
+  const vec a = (vec)((ivec)x ^ sign);
   const vec far = 1.0f - 2.0f / (exp(a + a) + 1.0f);
   const vec s = x * x;
   vec p = splat(-0x1.9bba68p-8f);  // minimax relative error 1e-9 below 0.55
@@ -215,8 +243,7 @@ FASTLM_INLINE vec tanh(vec x) {
   p = p * s + 0x1.110d3cp-3f;
   p = p * s + -0x1.55554cp-2f;
   const vec near = x + x * s * p;
-  const vec signed_far = select(x < 0.0f, -far, far);
-  return select(a < 0.55f, near, signed_far);
+  return select(a < 0.55f, near, (vec)((ivec)far | sign));
 }
 
 }  // namespace
