@@ -25,29 +25,16 @@ constexpr int64_t kDropconnectRun = 4096;  // elements of one work item
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-constexpr int64_t kBlocks = 16;  // Philox blocks drawn at a time: the rounds become vector code
-
-// lanes[4 * i + j] = lane j of block first + i.
-FASTLM_INLINE void draw(uint64_t seed, uint64_t first, uint32_t stream, uint32_t* lanes) {
-  uint32_t c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
-  for (int64_t i = 0; i < kBlocks; ++i) {
-    const Philox x = philox_block(seed, first + i, stream);
-    c0[i] = x.lane[0], c1[i] = x.lane[1], c2[i] = x.lane[2], c3[i] = x.lane[3];
-  }
-  for (int64_t i = 0; i < kBlocks; ++i)
-    lanes[4 * i] = c0[i], lanes[4 * i + 1] = c1[i], lanes[4 * i + 2] = c2[i], lanes[4 * i + 3] = c3[i];
-}
-
 template <typename T>
 void run(const DropconnectArgs& a, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(a.weight);
   T* out = static_cast<T*>(a.out);
   const uint64_t threshold = philox_threshold(a.p);
   const float scale = philox_scale(a.p);
-  uint32_t lanes[4 * kBlocks];
-  for (int64_t e = begin; e < end; e += 4 * kBlocks) {
-    draw(a.seed, uint64_t(e) / 4, a.stream, lanes);
-    const int64_t count = lesser(4 * kBlocks, end - e);
+  uint32_t lanes[kDraw];
+  for (int64_t e = begin; e < end; e += kDraw) {
+    draw_lanes(a.seed, uint64_t(e), a.stream, lanes);
+    const int64_t count = lesser(kDraw, end - e);
     for (int64_t i = 0; i < count; ++i)
       out[e + i] = from_float<T>(lanes[i] >= threshold ? to_float(weight[e + i]) * scale : 0.0f);
   }
@@ -62,10 +49,10 @@ void dropconnect_fwd(const DropconnectArgs& a, int64_t begin, int64_t end) {
 void dropconnect_mask(const DropconnectArgs& a, int64_t begin, int64_t end) {
   bool* out = static_cast<bool*>(a.out);
   const uint64_t threshold = philox_threshold(a.p);
-  uint32_t lanes[4 * kBlocks];
-  for (int64_t e = begin; e < end; e += 4 * kBlocks) {
-    draw(a.seed, uint64_t(e) / 4, a.stream, lanes);
-    const int64_t count = lesser(4 * kBlocks, end - e);
+  uint32_t lanes[kDraw];
+  for (int64_t e = begin; e < end; e += kDraw) {
+    draw_lanes(a.seed, uint64_t(e), a.stream, lanes);
+    const int64_t count = lesser(kDraw, end - e);
     for (int64_t i = 0; i < count; ++i) out[e + i] = lanes[i] >= threshold;
   }
 }

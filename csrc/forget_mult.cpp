@@ -2,7 +2,6 @@
 // over [T, B, H]. A work item walks a run of channels of one batch row through
 // time, its running state in the first-level cache: one pass over memory.
 #include "channels.h"
-#include "dtype.h"
 
 namespace fastlm {
 
@@ -19,20 +18,9 @@ struct ForgetMultArgs {
 }  // namespace fastlm
 
 #ifdef FASTLM_ISA
-#include "simd.h"
 
 namespace fastlm::FASTLM_ISA {
 namespace {
-
-// A run of the initial state in fp32, zeros when there is none; `state` has
-// room for whole vectors.
-void load_state(const void* h0, DType dtype, int64_t offset, int64_t count, float* state) {
-  for (int64_t j = 0; j < count; j += kWidth) {
-    vec h = splat(0.0f);
-    if (h0 != nullptr) FASTLM_DISPATCH(dtype, h = load(static_cast<const scalar_t*>(h0) + offset + j, count - j));
-    store(state + j, h);
-  }
-}
 
 template <typename T>
 void forward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
@@ -45,12 +33,12 @@ void forward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
       const int64_t row = (a.reverse ? a.steps - 1 - step : step) * batch * hidden + first;
       const T *f = static_cast<const T*>(a.f) + row, *x = static_cast<const T*>(a.x) + row;
       T* out = static_cast<T*>(a.out) + row;
-      for (int64_t j = 0; j < count; j += kWidth) {
+      for_each_vector(count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
         vec h = load(state + j);
-        h += load(f + j, count - j) * (load(x + j, count - j) - h);
+        h += load(f + j, n) * (load(x + j, n) - h);
         store(state + j, h);
-        store(out + j, h, count - j);
-      }
+        store(out + j, h, n);
+      });
     }
   }
 }
@@ -62,7 +50,7 @@ void backward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item / runs * hidden + item % runs * run, count = lesser(run, hidden - item % runs * run);
     load_state(a.h0, a.state, first, count, start);
-    for (int64_t j = 0; j < count; j += kWidth) store(sum + j, splat(0.0f));
+    load_state(nullptr, DType::f32, 0, count, sum);
     for (int64_t step = a.steps - 1; step >= 0; --step) {
       const int64_t time = a.reverse ? a.steps - 1 - step : step, before = a.reverse ? time + 1 : time - 1;
       const int64_t row = time * batch * hidden + first;
@@ -70,16 +58,15 @@ void backward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
       const T* grad = static_cast<const T*>(a.grad) + row;
       const T* h = step > 0 ? static_cast<const T*>(a.h) + before * batch * hidden + first : nullptr;
       T *df = static_cast<T*>(a.df) + row, *dx = static_cast<T*>(a.dx) + row;
-      for (int64_t j = 0; j < count; j += kWidth) {
-        const vec gate = load(f + j, count - j), total = load(sum + j) + load(grad + j, count - j);
-        const vec previous = h == nullptr ? load(start + j) : load(h + j, count - j);
-        store(df + j, (load(x + j, count - j) - previous) * total, count - j);
-        store(dx + j, gate * total, count - j);
+      for_each_vector(count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        const vec gate = load(f + j, n), total = load(sum + j) + load(grad + j, n);
+        const vec previous = h == nullptr ? load(start + j) : load(h + j, n);
+        store(df + j, (load(x + j, n) - previous) * total, n);
+        store(dx + j, gate * total, n);
         store(sum + j, total - gate * total);
-      }
+      });
     }
-    for (int64_t j = 0; j < count; j += kWidth)
-      FASTLM_DISPATCH(a.state, store(static_cast<scalar_t*>(a.dh0) + first + j, load(sum + j), count - j));
+    store_state(a.dh0, a.state, first, count, sum);
   }
 }
 

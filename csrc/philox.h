@@ -43,3 +43,58 @@ FASTLM_HD uint64_t philox_threshold(double p) { return uint64_t(p * 4294967296.0
 FASTLM_HD float philox_scale(double p) { return p < 1.0 ? float(1.0 / (1.0 - p)) : 0.0f; }
 
 }  // namespace fastlm
+
+#if defined(FASTLM_ISA)
+#include "simd.h"
+
+namespace fastlm::FASTLM_ISA {
+namespace {
+
+constexpr int64_t kDraw = 64;  // elements drawn at a time
+
+typedef uint64_t wide_uvec __attribute__((vector_size(kWidth * 4)));  // a 32-bit word in each, the upper half ignored
+
+FASTLM_INLINE wide_uvec multiply_low_halves(wide_uvec a, wide_uvec b) {
+#if defined(__AVX512F__)
+  return (wide_uvec)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (wide_uvec)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (wide_uvec)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+#endif
+}
+
+// The lanes of elements first .. first + 63; `first` is a multiple of 4. As philox4x32, several blocks abreast.
+FASTLM_INLINE void draw_lanes(uint64_t seed, uint64_t first, uint32_t stream, uint32_t* lanes) {
+  constexpr int64_t kAbreast = sizeof(wide_uvec) / sizeof(uint64_t);
+  uint64_t halves[2][kDraw / 4];
+  for (int64_t i = 0; i < kDraw / 4; i += kAbreast) {
+    wide_uvec c0 = wide_uvec{} + (first / 4 + i);
+    for (int64_t j = 0; j < kAbreast; ++j) c0[j] += j;
+    wide_uvec c1 = c0 >> 32, c2 = wide_uvec{} + stream, c3{};
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const wide_uvec p0 = multiply_low_halves(c0, wide_uvec{} + 0xD2511F53);
+      const wide_uvec p1 = multiply_low_halves(c2, wide_uvec{} + 0xCD9E8D57);
+      c0 = (p1 >> 32) ^ c1 ^ k0;
+      c2 = (p0 >> 32) ^ c3 ^ k1;
+      c1 = p1;
+      c3 = p0;
+      k0 += 0x9E3779B9;
+      k1 += 0xBB67AE85;
+    }
+    const wide_uvec low = (c0 & 0xFFFFFFFF) | c1 << 32, high = (c2 & 0xFFFFFFFF) | c3 << 32;
+    std::memcpy(halves[0] + i, &low, sizeof low);
+    std::memcpy(halves[1] + i, &high, sizeof high);
+  }
+  for (int64_t i = 0; i < kDraw / 4; ++i) {
+    const uint64_t block[2] = {halves[0][i], halves[1][i]};
+    std::memcpy(lanes + 4 * i, block, sizeof block);
+  }
+}
+
+}  // namespace
+}  // namespace fastlm::FASTLM_ISA
+#endif

@@ -4,7 +4,6 @@
 // pass goes through time in chunks of kEvery steps from the back and recomputes
 // each from the state kept before it.
 #include "channels.h"
-#include "dtype.h"
 
 namespace fastlm {
 
@@ -32,41 +31,33 @@ struct QrnnPoolArgs {
 
 #ifdef FASTLM_ISA
 #include "philox.h"
-#include "simd.h"
 
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-constexpr int64_t kPart = 128;               // channels of a chunk in the backward pass: its
-                                             // tape stays in the first-level cache
-constexpr int64_t kPhilox = 16;              // Philox blocks drawn at a time: the rounds become vector code
-constexpr int64_t kSlack = 4 * kPhilox + 4;  // lanes drawn beyond a run of channels at most
+constexpr int64_t kPart = 128;  // channels of a chunk in the backward pass: its tape stays in the first-level cache
 
-// Zoneout factors, 0 or 1, of `count` elements from `first` on; returns where
-// in `buffer` the first one stands.
-const float* draw_factors(const QrnnPoolArgs& a, int64_t first, int64_t count, float* buffer) {
-  const int64_t lead = first & 3;
-  const uint32_t last_dropped = uint32_t(a.threshold - 1);  // the threshold itself may be 2^32
-  for (int64_t done = 0; done < lead + count; done += 4 * kPhilox) {
-    uint32_t lanes[4][kPhilox];
-    for (int64_t i = 0; i < kPhilox; ++i) {
-      const Philox x = philox_block(a.seed, uint64_t(first + done) / 4 + i, kZoneoutStream);
-      for (int lane = 0; lane < 4; ++lane) lanes[lane][i] = x.lane[lane];
-    }
-    for (int64_t i = 0; i < kPhilox; ++i)
-      for (int lane = 0; lane < 4; ++lane) buffer[done + 4 * i + lane] = lanes[lane][i] > last_dropped ? 1.0f : 0.0f;
-  }
-  return buffer + lead;
+template <typename T>
+const T* at(const void* x, int64_t offset) {
+  return x == nullptr ? nullptr : static_cast<const T*>(x) + offset;
 }
 
-// A run of a state [B, H] in fp32, zeros when there is none; `state` has room
-// for whole vectors.
-void load_state(const void* x, DType dtype, int64_t offset, int64_t count, float* state) {
-  for (int64_t j = 0; j < count; j += kWidth) {
-    vec c = splat(0.0f);
-    if (x != nullptr) FASTLM_DISPATCH(dtype, c = load(static_cast<const scalar_t*>(x) + offset + j, count - j));
-    store(state + j, c);
+// Row t B + b of step `step`.
+FASTLM_INLINE int64_t row_of(const QrnnPoolArgs& a, int64_t step, int64_t b) {
+  return (a.reverse ? a.steps - 1 - step : step) * a.channels.batch + b;
+}
+
+// Zoneout factors of `count` elements from `first` on, null when there is no mask; `buffer` has kDraw + 3 to spare.
+const float* draw_factors(const QrnnPoolArgs& a, int64_t first, int64_t count, float* buffer) {
+  if (a.threshold < 0) return nullptr;
+  const int64_t lead = first & 3;
+  const uint32_t last_dropped = uint32_t(a.threshold - 1);  // the threshold itself may be 2^32
+  uint32_t lanes[kDraw];
+  for (int64_t done = 0; done < lead + count; done += kDraw) {
+    draw_lanes(a.seed, uint64_t(first - lead + done), kZoneoutStream, lanes);
+    for (int64_t i = 0; i < kDraw; ++i) buffer[done + i] = lanes[i] > last_dropped ? 1.0f : 0.0f;
   }
+  return buffer + lead;
 }
 
 template <int kGates>
@@ -77,97 +68,89 @@ FASTLM_INLINE vec next_cell(vec c, vec z, vec write, vec i) {
 template <typename T, int kGates>
 void forward(const QrnnPoolArgs& a, int64_t begin, int64_t end) {
   const auto [batch, hidden, run, runs] = a.channels;
-  alignas(64) float state[kChannels], buffer[kChannels + kSlack];
+  alignas(64) float state[kChannels], buffer[kChannels + kDraw + 3];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / runs, channel = item % runs * run, count = lesser(run, hidden - channel);
     load_state(a.c0, a.state, b * hidden + channel, count, state);
     for (int64_t step = 0; step < a.steps; ++step) {
-      const int64_t row = (a.reverse ? a.steps - 1 - step : step) * batch + b;
-      const T* gates = static_cast<const T*>(a.gates) + row * kGates * hidden + channel;
+      const int64_t row = row_of(a, step, b);
+      if (a.kept != nullptr && step % kEvery == 0)
+        store_state(a.kept, DType::f32, (step / kEvery * batch + b) * hidden + channel, count, state);
+      const float* factors = draw_factors(a, row * hidden + channel, count, buffer);
+      const T *gz = at<T>(a.gates, row * kGates * hidden + channel), *gf = gz + hidden, *go = gf + hidden,
+              *gi = go + hidden;
       T* h = static_cast<T*>(a.h) + row * hidden + channel;
-      float* kept = nullptr;
-      if (a.kept != nullptr && step % kEvery == 0) kept = a.kept + (step / kEvery * batch + b) * hidden + channel;
-      const float* factor = nullptr;
-      if (a.threshold >= 0) factor = draw_factors(a, row * hidden + channel, count, buffer);
-      for (int64_t j = 0; j < count; j += kWidth) {
-        const int64_t left = count - j;
-        vec c = load(state + j);
-        if (kept != nullptr) store(kept + j, c, left);
-        const vec write =
-            sigmoid(load(gates + hidden + j, left)) * (factor == nullptr ? splat(a.scale) : load(factor + j));
-        const vec i = kGates == 4 ? sigmoid(load(gates + 3 * hidden + j, left)) : splat(0.0f);
-        c = next_cell<kGates>(c, tanh(load(gates + j, left)), write, i);
+      for_each_vector(count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        const vec factor = factors == nullptr ? splat(a.scale) : load(factors + j);
+        const vec i = kGates == 4 ? sigmoid(load(gi + j, n)) : splat(0.0f);
+        const vec c = next_cell<kGates>(load(state + j), tanh(load(gz + j, n)), factor * sigmoid(load(gf + j, n)), i);
         store(state + j, c);
-        store(h + j, kGates == 2 ? c : sigmoid(load(gates + 2 * hidden + j, left)) * c, left);
-      }
+        store(h + j, kGates == 2 ? c : sigmoid(load(go + j, n)) * c, n);
+      });
     }
-    for (int64_t j = 0; j < count; j += kWidth)
-      FASTLM_DISPATCH(a.state,
-                      store(static_cast<scalar_t*>(a.c_n) + b * hidden + channel + j, load(state + j), count - j));
+    store_state(a.c_n, a.state, b * hidden + channel, count, state);
   }
 }
 
-// What the forward half of a chunk leaves for its backward half; c[u] is the
-// state before step u of the chunk.
+// What the forward half of a chunk leaves for its backward half; c[u] is the state before step u of the chunk.
 struct Tape {
   alignas(64) float c[kEvery + 1][kPart], z[kEvery][kPart], f[kEvery][kPart], write[kEvery][kPart], i[kEvery][kPart];
 };
 
+// Steps first .. first + steps - 1 of channels channel .. channel + count - 1 of batch row b.
+struct Chunk {
+  int64_t first, steps, b, channel, count;
+};
+
 template <typename T, int kGates>
-void recompute(const QrnnPoolArgs& a, int64_t begin, int64_t steps, int64_t b, int64_t channel, int64_t count,
-               Tape& tape) {
-  const int64_t batch = a.channels.batch, hidden = a.channels.hidden;
-  alignas(64) float buffer[kPart + kSlack];
-  load_state(a.kept + (begin / kEvery * batch + b) * hidden + channel, DType::f32, 0, count, tape.c[0]);
-  for (int64_t u = 0; u < steps; ++u) {
-    const int64_t row = (a.reverse ? a.steps - 1 - begin - u : begin + u) * batch + b;
-    const T* gates = static_cast<const T*>(a.gates) + row * kGates * hidden + channel;
-    const float* factor = nullptr;
-    if (a.threshold >= 0) factor = draw_factors(a, row * hidden + channel, count, buffer);
-    for (int64_t j = 0; j < count; j += kWidth) {
-      const vec z = tanh(load(gates + j, count - j)), f = sigmoid(load(gates + hidden + j, count - j));
-      const vec write = f * (factor == nullptr ? splat(a.scale) : load(factor + j));
-      const vec i = kGates == 4 ? sigmoid(load(gates + 3 * hidden + j, count - j)) : splat(0.0f);
+void recompute(const QrnnPoolArgs& a, const Chunk& chunk, Tape& tape) {
+  const auto [batch, hidden, run, runs] = a.channels;
+  alignas(64) float buffer[kPart + kDraw + 3];
+  const int64_t kept = (chunk.first / kEvery * batch + chunk.b) * hidden + chunk.channel;
+  load_state(a.kept, DType::f32, kept, chunk.count, tape.c[0]);
+  for (int64_t u = 0; u < chunk.steps; ++u) {
+    const int64_t row = row_of(a, chunk.first + u, chunk.b);
+    const float* factors = draw_factors(a, row * hidden + chunk.channel, chunk.count, buffer);
+    const T *gz = at<T>(a.gates, row * kGates * hidden + chunk.channel), *gf = gz + hidden, *gi = gf + 2 * hidden;
+    for_each_vector(chunk.count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+      const vec z = tanh(load(gz + j, n)), f = sigmoid(load(gf + j, n));
+      const vec write = f * (factors == nullptr ? splat(a.scale) : load(factors + j));
+      const vec i = kGates == 4 ? sigmoid(load(gi + j, n)) : splat(0.0f);
       store(tape.c[u + 1] + j, next_cell<kGates>(load(tape.c[u] + j), z, write, i));
       store(tape.z[u] + j, z);
       store(tape.f[u] + j, f);
       store(tape.write[u] + j, write);
       if (kGates == 4) store(tape.i[u] + j, i);
-    }
+    });
   }
 }
 
+// The adjoint of a chunk; `sum` is dL/dc of its channels, of the state after the chunk on entry and before it on exit.
 template <typename T, int kGates>
-void backward_chunk(const QrnnPoolArgs& a, int64_t begin, int64_t steps, int64_t b, int64_t channel, int64_t count,
-                    const Tape& tape, float* sum) {
-  const int64_t batch = a.channels.batch, hidden = a.channels.hidden;
-  for (int64_t u = steps - 1; u >= 0; --u) {
-    const int64_t row = (a.reverse ? a.steps - 1 - begin - u : begin + u) * batch + b;
-    const T* gates = static_cast<const T*>(a.gates) + row * kGates * hidden + channel;
-    const T* dh = a.dh == nullptr ? nullptr : static_cast<const T*>(a.dh) + row * hidden + channel;
-    T* dgates = static_cast<T*>(a.dgates) + row * kGates * hidden + channel;
-    for (int64_t j = 0; j < count; j += kWidth) {
-      const int64_t left = count - j;
+void chunk_backward(const QrnnPoolArgs& a, const Chunk& chunk, const Tape& tape, float* sum) {
+  const int64_t hidden = a.channels.hidden;
+  for (int64_t u = chunk.steps - 1; u >= 0; --u) {
+    const int64_t row = row_of(a, chunk.first + u, chunk.b);
+    const T* go = at<T>(a.gates, (row * kGates + 2) * hidden + chunk.channel);
+    const T* dh = at<T>(a.dh, row * hidden + chunk.channel);
+    T *dz = static_cast<T*>(a.dgates) + row * kGates * hidden + chunk.channel, *df = dz + hidden, *dout = df + hidden,
+      *di = dout + hidden;
+    for_each_vector(chunk.count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
       const vec z = load(tape.z[u] + j), f = load(tape.f[u] + j), write = load(tape.write[u] + j);
       const vec before = load(tape.c[u] + j);
-      vec total = dh == nullptr ? splat(0.0f) : load(dh + j, left);
+      vec total = dh == nullptr ? splat(0.0f) : load(dh + j, n);
       if (kGates > 2) {
-        const vec o = sigmoid(load(gates + 2 * hidden + j, left));
-        store(dgates + 2 * hidden + j, total * load(tape.c[u + 1] + j) * o * (1.0f - o), left);
+        const vec o = sigmoid(load(go + j, n));
+        store(dout + j, total * load(tape.c[u + 1] + j) * o * (1.0f - o), n);
         total *= o;
       }
       total += load(sum + j);
-      if (kGates == 4) {
-        const vec i = load(tape.i[u] + j);
-        store(dgates + j, total * i * (1.0f - z * z), left);
-        store(dgates + hidden + j, -total * before * write * (1.0f - f), left);
-        store(dgates + 3 * hidden + j, total * z * i * (1.0f - i), left);
-      } else {
-        store(dgates + j, total * write * (1.0f - z * z), left);
-        store(dgates + hidden + j, total * (z - before) * write * (1.0f - f), left);
-      }
+      const vec i = kGates == 4 ? load(tape.i[u] + j) : write;
+      store(dz + j, total * i * (1.0f - z * z), n);
+      store(df + j, total * (kGates == 4 ? -before : z - before) * write * (1.0f - f), n);
+      if (kGates == 4) store(di + j, total * z * i * (1.0f - i), n);
       store(sum + j, total - write * total);
-    }
+    });
   }
 }
 
@@ -179,14 +162,14 @@ void backward(const QrnnPoolArgs& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / runs, channel = item % runs * run, count = lesser(run, hidden - channel);
     load_state(a.dc_n, a.state, b * hidden + channel, count, sum);
-    for (int64_t chunk = (a.steps - 1) / kEvery * kEvery; chunk >= 0 && a.steps > 0; chunk -= kEvery) {
+    for (int64_t first = (a.steps + kEvery - 1) / kEvery * kEvery - kEvery; first >= 0; first -= kEvery) {
       for (int64_t part = 0; part < count; part += kPart) {
-        const int64_t width = lesser(kPart, count - part), steps = lesser(kEvery, a.steps - chunk);
-        recompute<T, kGates>(a, chunk, steps, b, channel + part, width, tape);
-        backward_chunk<T, kGates>(a, chunk, steps, b, channel + part, width, tape, sum + part);
+        const Chunk chunk{first, lesser(kEvery, a.steps - first), b, channel + part, lesser(kPart, count - part)};
+        recompute<T, kGates>(a, chunk, tape);
+        chunk_backward<T, kGates>(a, chunk, tape, sum + part);
       }
     }
-    for (int64_t j = 0; j < count; j += kWidth) store(a.dc0 + b * hidden + channel + j, load(sum + j), count - j);
+    store_state(a.dc0, DType::f32, b * hidden + channel, count, sum);
   }
 }
 
