@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <tuple>
 
@@ -39,6 +43,17 @@ inline std::optional<Tensor> contiguous(const std::optional<Tensor>& x) {
 inline uint64_t read_seed(const Tensor& seed) {
   STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be an int64 scalar tensor");
   return uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr()));
+}
+
+// Ask for huge pages under a large new tensor: at 4 KB a page the first touch costs as much as a memory-bound kernel.
+inline void prefer_huge_pages(const Tensor& x) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t end = begin + uintptr_t(x.numel()) * x.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (first + kPage <= last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 inline const void* data(const std::optional<Tensor>& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }

@@ -241,6 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& gates_, const std::optional
   const int64_t chunks = keep ? (args.steps + kEvery - 1) / kEvery : 0;
   Tensor kept = torch::stable::new_empty(gates, {chunks, batch, hidden}, ScalarType::Float);
   if (c_n.numel() == 0) return {h, c_n, kept};
+  prefer_huge_pages(h);
   args.c0 = data(c0);
   args.state = dtype_of(c_n, "c0");
   args.h = h.mutable_data_ptr();
@@ -267,6 +268,7 @@ std::tuple<Tensor, Tensor> bwd(const std::optional<Tensor>& dh_, const std::opti
   Tensor dgates = torch::stable::empty_like(gates);
   Tensor dc0 = torch::stable::new_empty(kept, {batch, hidden});
   if (dc0.numel() == 0) return {dgates, dc0};
+  prefer_huge_pages(dgates);
   args.dh = data(dh);
   args.dc_n = data(dc_n);
   if (dc_n.has_value()) args.state = dtype_of(*dc_n, "dc_n");
