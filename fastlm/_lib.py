@@ -47,7 +47,7 @@ def _load(name: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"built, but does not load: {error}"
+        return f"built, but does not load: {error.__cause__ or error}"
     return None
 
 

@@ -292,3 +292,14 @@ def test_cuda_module_is_built_where_nvcc_is():
     if not (ROOT / "fastlm" / "_C.so").exists():
         pytest.skip("no native build")
     assert "_C_cuda.so" in json.loads(build_record.read_text())["modules"]
+
+
+def test_cuda_module_asks_for_the_library_of_its_functions():
+    """PyTorch loads libtorch_cuda.so for itself alone: a module that does not name it finds no symbol of it."""
+    import torch
+
+    from fastlm import _lib
+
+    assert b"libtorch_cuda.so" in module("_C_cuda.so").read_bytes()
+    if torch.version.cuda is not None and Path(_lib.__file__).parent == ROOT / "fastlm":
+        assert _lib.status["_C_cuda"] is None
