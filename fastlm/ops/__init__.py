@@ -1,11 +1,19 @@
 """The operators: each a file with its mathematics, reference, adjoint and public function."""
 
 from fastlm import _lib
+from fastlm.ops.cache_attention import cache_attention
 from fastlm.ops.dropconnect import dropconnect, dropconnect_mask
 from fastlm.ops.forget_mult import forget_mult
 from fastlm.ops.qrnn_pool import qrnn_pool
 
-__all__ = ["dropconnect", "dropconnect_mask", "forget_mult", "qrnn_pool", "which"]
+__all__ = [
+    "cache_attention",
+    "dropconnect",
+    "dropconnect_mask",
+    "forget_mult",
+    "qrnn_pool",
+    "which",
+]
 
 
 def which(op, *args, impl: str = "auto") -> str:

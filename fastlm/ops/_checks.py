@@ -50,6 +50,14 @@ def probability(name: str, p: float) -> float:
     return p
 
 
+def theta(value: float) -> float:
+    """Return `value` as a float; raise ValueError unless it is a flatness, >= 0, whose products float32 can hold."""
+    value = float(value)
+    if not 0.0 <= value < 1e30:
+        raise ValueError(f"theta must lie in [0, 1e30), got {value}")
+    return value
+
+
 def seed(x: torch.Tensor, like: torch.Tensor) -> None:
     """Raise unless `x` is an int64 scalar tensor on the device of `like`."""
     if not isinstance(x, torch.Tensor) or x.dtype != torch.int64:

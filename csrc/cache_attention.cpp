@@ -1,0 +1,348 @@
+// Continuous cache on the CPU: banded causal scores hidden . key, reduced as they are made. One work item is a block of
+// kRows rows: it walks the panels of keys that its windows reach, oldest first, and multiplies strips of kStrip rows
+// with each panel in registers. Keys are packed into panels of kCols columns, feature by feature, in a ring as long as
+// the widest window. The windows, sorted, cut the past of a row into bands; a row sums exp(theta (score - top)) band by
+// band, for every theta, and the bands add up to the windows at the end.
+#include "dtype.h"
+
+namespace fastlm {
+
+struct CacheAttentionArgs {
+  const void *hidden, *memory;  // [rows, width], [past, width]
+  const int32_t* ids;           // [past + rows]: next words of memory and rows
+  const int64_t* start;         // [rows] oldest position to see, or null
+  const double* theta;
+  const int64_t* window;       // ascending
+  float *log_mass, *log_norm;  // [windows, thetas, rows]
+  int64_t rows, past, width, thetas, windows;
+  DType dtype;
+};
+
+constexpr int64_t kCacheAttentionRows = 96;  // rows of one work item; a multiple of every strip
+
+}  // namespace fastlm
+
+#ifdef FASTLM_ISA
+#include <math.h>
+
+#include <new>
+
+#include "simd.h"
+
+namespace fastlm::FASTLM_ISA {
+namespace {
+
+constexpr int64_t kRows = kCacheAttentionRows, kCols = 2 * kWidth;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kStrip = 12;  // 24 accumulators of 32 registers
+#else
+constexpr int64_t kStrip = 6;  // 12 of 16
+#endif
+
+constexpr int64_t kFlush = 256;  // panels after which the float32 lanes go to doubles, however wide the window
+
+struct Buffer {
+  char* p;
+  explicit Buffer(int64_t bytes) : p(static_cast<char*>(::operator new(bytes, std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(p, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+template <typename T>
+struct Array : Buffer {
+  explicit Array(int64_t count) : Buffer(count * int64_t(sizeof(T))) {}
+  T& operator[](int64_t i) { return reinterpret_cast<T*>(p)[i]; }
+};
+
+// Sums of exp(theta (score - top)), one per theta: of a row's present band in lanes, of its finished bands in doubles.
+struct Sums {
+  Array<float> top, band_top;
+  Array<vec> lanes;
+  Array<double> band;
+  const CacheAttentionArgs& a;
+
+  explicit Sums(const CacheAttentionArgs& args)
+      : top(kRows),
+        band_top(kRows * args.windows),
+        lanes(kRows * args.thetas),
+        band(kRows * args.windows * args.thetas),
+        a(args) {}
+
+  void clear() {
+    for (int64_t i = 0; i < kRows; ++i) top[i] = -INFINITY;
+    for (int64_t i = 0; i < kRows * a.windows; ++i) band_top[i] = -INFINITY;
+    for (int64_t i = 0; i < kRows * a.thetas; ++i) lanes[i] = vec{};
+    for (int64_t i = 0; i < kRows * a.windows * a.thetas; ++i) band[i] = 0.0;
+  }
+
+  // Adds a row's scores in the lanes of the masks.
+  void add(int64_t row, const float* theta, vec s0, vec s1, ivec m0, ivec m1) {
+    const float best = max(max(select(m0, s0, splat(-INFINITY)), select(m1, s1, splat(-INFINITY))));
+    if (best == -INFINITY) return;
+    vec* sums = &lanes[row * a.thetas];
+    if (!(best <= top[row])) {
+      for (int64_t k = 0; k < a.thetas; ++k)
+        if (top[row] != -INFINITY) sums[k] *= exp(splat(theta[k] * (top[row] - best)));
+      top[row] = best;
+    }
+    s0 -= top[row], s1 -= top[row];
+    for (int64_t k = 0; k < a.thetas; ++k)
+      sums[k] += select(m0, exp(s0 * theta[k]), vec{}) + select(m1, exp(s1 * theta[k]), vec{});
+  }
+
+  // Adds sums with a top of their own to a band, for one theta.
+  void join(int64_t to, float other_top, int64_t k, double other) {
+    const float both = band_top[to] > other_top ? band_top[to] : other_top;
+    double& mine = band[to * a.thetas + k];
+    if (band_top[to] != -INFINITY) mine *= ::exp(a.theta[k] * double(band_top[to] - both));
+    mine += other * ::exp(a.theta[k] * double(other_top - both));
+  }
+
+  // Moves what the lanes hold into a band, and empties them.
+  void flush(int64_t row, int64_t j) {
+    if (top[row] == -INFINITY) return;
+    const int64_t to = row * a.windows + j;
+    for (int64_t k = 0; k < a.thetas; ++k) {
+      vec& mine = lanes[row * a.thetas + k];
+      join(to, top[row], k, double(sum(mine)));
+      mine = vec{};
+    }
+    band_top[to] = band_top[to] > top[row] ? band_top[to] : top[row];
+    top[row] = -INFINITY;
+  }
+
+  // Adds up the bands from the nearest outwards and writes log sum exp of every window.
+  void write(int64_t row, int64_t t, float* out) {
+    for (int64_t j = 0; j < a.windows; ++j) {
+      const int64_t to = row * a.windows + j;
+      if (j > 0 && band_top[to - 1] != -INFINITY) {
+        for (int64_t k = 0; k < a.thetas; ++k) join(to, band_top[to - 1], k, band[(to - 1) * a.thetas + k]);
+        band_top[to] = band_top[to] > band_top[to - 1] ? band_top[to] : band_top[to - 1];
+      }
+      for (int64_t k = 0; k < a.thetas; ++k) {
+        const double log_sum = a.theta[k] * double(band_top[to]) + ::log(band[to * a.thetas + k]);
+        out[(j * a.thetas + k) * a.rows + t] = band_top[to] == -INFINITY ? -INFINITY : float(log_sum);
+      }
+    }
+  }
+};
+
+FASTLM_INLINE ivec load_ids(const int32_t* p) {
+  ivec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// acc[i][c] = scores of row i of a strip with vector c of a panel, both packed feature by feature.
+FASTLM_INLINE void multiply(const float* q, const float* panel, int64_t width, vec (&acc)[kStrip][2]) {
+  vec sums[kStrip][2] = {};
+  for (int64_t d = 0; d < width; ++d) {
+    const vec k0 = load(panel + d * kCols), k1 = load(panel + d * kCols + kWidth);
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < kStrip; ++i) {
+      const vec x = splat(q[d * kStrip + i]);
+      sums[i][0] += x * k0;
+      sums[i][1] += x * k1;
+    }
+  }
+#pragma GCC unroll 12
+  for (int64_t i = 0; i < kStrip; ++i) acc[i][0] = sums[i][0], acc[i][1] = sums[i][1];
+}
+
+// Transposes rows first .. first + count of the stream (memory, then hidden) into tiles of `across` columns.
+template <typename T>
+void pack(const CacheAttentionArgs& a, int64_t first, int64_t count, int64_t across, float* out) {
+  for (int64_t i = 0; i < across; ++i) {
+    const int64_t at = first + i;
+    const T* x = at < a.past ? static_cast<const T*>(a.memory) + at * a.width
+                             : static_cast<const T*>(a.hidden) + (at - a.past) * a.width;
+    for (int64_t d = 0; d < a.width; ++d) out[d * across + i] = i < count ? to_float(x[d]) : 0.0f;
+  }
+}
+
+struct Block {
+  int64_t first, count;   // rows of the work item, numbered in the stream: memory, then hidden
+  int64_t oldest[kRows];  // first key that a row sees
+  int64_t band[kRows];    // band that a row is in
+};
+
+template <typename T>
+struct Walk {
+  const CacheAttentionArgs& a;
+  const int64_t keys, widest, ring;
+  Array<float> panels, queries, theta;
+  Array<int32_t> panel_ids;
+  Sums norm, mass;
+  Block block;
+
+  explicit Walk(const CacheAttentionArgs& args)
+      : a(args),
+        keys(a.past + a.rows),
+        widest(lesser(a.window[a.windows - 1], keys)),
+        ring(lesser((keys + kCols - 1) / kCols, (widest + kRows) / kCols + 2)),
+        panels(ring * kCols * a.width),
+        queries(kRows * a.width),
+        theta(a.thetas),
+        panel_ids(ring * kCols),
+        norm(a),
+        mass(a) {
+    for (int64_t k = 0; k < a.thetas; ++k) theta[k] = float(a.theta[k]);
+  }
+
+  void pack_panel(int64_t panel) {
+    const int64_t first = panel * kCols, count = lesser(kCols, keys - first), slot = panel % ring;
+    pack<T>(a, first, count, kCols, &panels[slot * kCols * a.width]);
+    for (int64_t i = 0; i < kCols; ++i) panel_ids[slot * kCols + i] = i < count ? a.ids[first + i] : 0;
+  }
+
+  void start_block(int64_t first_row) {
+    block.first = a.past + first_row;
+    block.count = lesser(kRows, a.rows - first_row);
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int64_t t = first_row + i, far = greater(a.past + t - widest, 0);
+      const int64_t start = a.start == nullptr ? -a.past : lesser(greater(a.start[t], -a.past), t);
+      block.oldest[i] = greater(far, a.past + start);
+      block.band[i] = a.windows - 1;
+    }
+    for (int64_t i = 0; i < block.count; i += kStrip)
+      pack<T>(a, block.first + i, lesser(kStrip, block.count - i), kStrip, &queries[i * a.width]);
+    norm.clear();
+    mass.clear();
+  }
+
+  // Takes in a row's scores with one panel, a band at a time.
+  void reduce(int64_t row, int64_t panel, vec s0, vec s1) {
+    const int64_t t = block.first + row, left = panel * kCols, stop = lesser(left + kCols, t);
+    const int32_t* ids = &panel_ids[panel % ring * kCols];
+    s0 = select(s0 == s0, s0, splat(INFINITY));  // a NaN must not lose against any maximum; it comes back as inf - inf
+    s1 = select(s1 == s1, s1, splat(INFINITY));
+    for (int64_t first = greater(left, block.oldest[row]); first < stop;) {
+      int64_t& band = block.band[row];
+      for (; band > 0 && a.window[band - 1] >= t - first; --band) finish(row);
+      const int64_t end = band > 0 ? lesser(stop, t - a.window[band - 1]) : stop;
+      const ivec lane0 = lane_index() + isplat(int32_t(left - first)), lane1 = lane0 + int32_t(kWidth);
+      const ivec count = isplat(int32_t(end - first)), id = isplat(a.ids[t]);
+      const ivec m0 = (lane0 >= 0) & (lane0 < count), m1 = (lane1 >= 0) & (lane1 < count);
+      norm.add(row, &theta[0], s0, s1, m0, m1);
+      mass.add(row, &theta[0], s0, s1, m0 & (load_ids(ids) == id), m1 & (load_ids(ids + kWidth) == id));
+      first = end;
+    }
+  }
+
+  void run(int64_t begin, int64_t end) {
+    int64_t packed = -1;  // last panel in the ring
+    for (int64_t item = begin; item < end; ++item) {
+      start_block(item * kRows);
+      const int64_t first_panel = greater(block.first - widest, 0) / kCols;
+      const int64_t end_panel = (block.first + block.count - 1 + kCols - 1) / kCols;
+      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+        if (panel > packed) pack_panel(packed = panel);
+        const float* keys_of_panel = &panels[panel % ring * kCols * a.width];
+        for (int64_t strip = 0; strip < block.count; strip += kStrip) {
+          const int64_t last = lesser(strip + kStrip, block.count);
+          if (!seen(strip, last, panel)) continue;
+          vec acc[kStrip][2];
+          multiply(&queries[strip * a.width], keys_of_panel, a.width, acc);
+          for (int64_t row = strip; row < last; ++row) reduce(row, panel, acc[row - strip][0], acc[row - strip][1]);
+        }
+        if ((panel - first_panel) % kFlush == kFlush - 1)
+          for (int64_t row = 0; row < block.count; ++row) finish(row);
+      }
+      for (int64_t row = 0; row < block.count; ++row) {
+        finish(row);
+        norm.write(row, block.first + row - a.past, a.log_norm);
+        mass.write(row, block.first + row - a.past, a.log_mass);
+      }
+    }
+  }
+
+  void finish(int64_t row) {
+    norm.flush(row, block.band[row]);
+    mass.flush(row, block.band[row]);
+  }
+
+  bool seen(int64_t first, int64_t last, int64_t panel) const {
+    for (int64_t row = first; row < last; ++row)
+      if (block.oldest[row] < (panel + 1) * kCols && panel * kCols < block.first + row) return true;
+    return false;
+  }
+};
+
+}  // namespace
+
+void cache_attention(const CacheAttentionArgs& a, int64_t begin, int64_t end) {
+  FASTLM_DISPATCH(a.dtype, Walk<scalar_t>(a).run(begin, end));
+}
+
+}  // namespace fastlm::FASTLM_ISA
+
+#else
+#include "common.h"
+
+FASTLM_KERNEL(cache_attention, void, const CacheAttentionArgs&, int64_t, int64_t)
+
+namespace fastlm {
+namespace {
+
+void narrow(const Tensor& ids, int32_t* out) {
+  const Tensor x = contiguous(ids);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long, "ids must be int64");
+  const int64_t* id = static_cast<const int64_t*>(x.const_data_ptr());
+  for (int64_t i = 0; i < x.numel(); ++i) {
+    out[i] = int32_t(id[i]);
+    STD_TORCH_CHECK(out[i] == id[i], "ids must fit in 32 bits, got ", id[i]);
+  }
+}
+
+std::tuple<Tensor, Tensor> cache_attention(const Tensor& hidden_, const Tensor& next_ids,
+                                           const std::optional<Tensor>& memory_,
+                                           const std::optional<Tensor>& memory_ids, const std::optional<Tensor>& start_,
+                                           const std::vector<double>& theta, const std::vector<int64_t>& window) {
+  const Tensor hidden = contiguous(hidden_);
+  const std::optional<Tensor> memory = contiguous(memory_), start = contiguous(start_);
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have shape [N, D]");
+  const int64_t rows = hidden.size(0), width = hidden.size(1), past = memory ? memory->size(0) : 0;
+  STD_TORCH_CHECK(next_ids.numel() == rows, "next_ids must have shape [N]");
+  STD_TORCH_CHECK(bool(memory) == bool(memory_ids), "memory and memory_ids come together");
+  STD_TORCH_CHECK(!memory || (memory->dim() == 2 && memory->size(1) == width && memory_ids->numel() == past &&
+                              memory->scalar_type() == hidden.scalar_type()),
+                  "memory must have shape [M, D] and the dtype of hidden, memory_ids [M]");
+  STD_TORCH_CHECK(!start || (start->scalar_type() == ScalarType::Long && start->numel() == rows),
+                  "start must be int64 [N]");
+  for (size_t j = 0; j < window.size(); ++j)
+    STD_TORCH_CHECK(window[j] > (j == 0 ? 0 : window[j - 1]), "window must be positive and ascending");
+
+  const std::vector<int64_t> shape{int64_t(window.size()), int64_t(theta.size()), rows};
+  Tensor log_mass = torch::stable::new_empty(hidden, shape, ScalarType::Float);
+  Tensor log_norm = torch::stable::new_empty(hidden, shape, ScalarType::Float);
+  if (log_mass.numel() == 0) return {log_mass, log_norm};
+
+  std::vector<int32_t> ids(past + rows);
+  if (memory) narrow(*memory_ids, ids.data());
+  narrow(next_ids, ids.data() + past);
+  const CacheAttentionArgs args{hidden.const_data_ptr(),
+                                data(memory),
+                                ids.data(),
+                                static_cast<const int64_t*>(data(start)),
+                                theta.data(),
+                                window.data(),
+                                static_cast<float*>(log_mass.mutable_data_ptr()),
+                                static_cast<float*>(log_norm.mutable_data_ptr()),
+                                rows,
+                                past,
+                                width,
+                                int64_t(theta.size()),
+                                int64_t(window.size()),
+                                dtype_of(hidden, "hidden")};
+  const int64_t items = (rows + kCacheAttentionRows - 1) / kCacheAttentionRows;
+  torch::stable::parallel_for(0, items, 1,
+                              [&](int64_t begin, int64_t end) { cache_attention_kernel(args, begin, end); });
+  return {log_mass, log_norm};
+}
+
+}  // namespace
+}  // namespace fastlm
+
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) { m.impl("cache_attention", TORCH_BOX(&fastlm::cache_attention)); }
+#endif
