@@ -2,12 +2,14 @@
 
 from fastlm import _lib
 from fastlm.ops.cache_attention import cache_attention
+from fastlm.ops.cache_distribution import cache_distribution
 from fastlm.ops.dropconnect import dropconnect, dropconnect_mask
 from fastlm.ops.forget_mult import forget_mult
 from fastlm.ops.qrnn_pool import qrnn_pool
 
 __all__ = [
     "cache_attention",
+    "cache_distribution",
     "dropconnect",
     "dropconnect_mask",
     "forget_mult",
