@@ -5,6 +5,7 @@ from fastlm.ops.cache_attention import cache_attention
 from fastlm.ops.cache_distribution import cache_distribution
 from fastlm.ops.dropconnect import dropconnect, dropconnect_mask
 from fastlm.ops.forget_mult import forget_mult
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.qrnn_pool import qrnn_pool
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "dropconnect",
     "dropconnect_mask",
     "forget_mult",
+    "linear_cross_entropy",
     "qrnn_pool",
     "which",
 ]

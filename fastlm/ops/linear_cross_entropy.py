@@ -1,0 +1,279 @@
+"""Cross entropy of a linear layer's logits that never exist all at once.
+
+    z_n = W x_n + b,        loss_n = lse(z_n) - (1 - e) z_n[y_n] - e mean(z_n)
+
+with lse = log sum exp and e the label smoothing; rows whose target is `ignore_index` count as 0. With g_n the gradient
+of the loss of row n,
+
+    dL/dz_n = g_n (softmax(z_n) - (1 - e) onehot(y_n) - e / V)
+    dL/dx_n = W^T dL/dz_n,        dL/dW = sum_n dL/dz_n x_n^T,        dL/db = sum_n dL/dz_n
+
+A chunk of rows goes through all of it while its logits are in a workspace, where they become their own gradient in
+place. For "mean" and "sum", g_n is known up to a factor in the forward, which leaves the gradients ready; for "none"
+the backward makes the logits again. A chunk has a constant number of rows under a byte budget: the price of a chunk is
+one more trip through W and dW, whatever V and D. Logits, loss and the sum over chunks are float32 for 16-bit inputs.
+
+Chunking the rows and taking the gradient in the forward: Malik Hsu et al., "Liger Kernel", arXiv 2410.10989.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from fastlm import _lib
+from fastlm.ops import _checks
+
+_lib.define(
+    "linear_cross_entropy_rows_(Tensor(a!) logits, Tensor target, Tensor? scale, int ignore_index, "
+    "float label_smoothing, bool gradient) -> Tensor"
+)
+_lib.define(
+    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? scale, int ignore_index, "
+    "float label_smoothing, bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.declare("linear_cross_entropy", kernels=("linear_cross_entropy_rows_",))
+
+_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+_CHUNK_ROWS = {"cpu": (256, 1024), "cuda": (2048, 4096)}  # fewer: too many trips through W; more gain nothing
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def reference(input, weight, target, bias, reduction, ignore_index, label_smoothing):
+    """The logits, all of them, and PyTorch's cross entropy."""
+    state, rows, classes = _state_dtype(input), target.numel(), weight.shape[0]
+    labels = target.reshape(rows).long()
+    if not torch.compiler.is_compiling():  # there, PyTorch's own check has to do
+        _check_targets(labels, classes, ignore_index)
+    options = dict(reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    with torch.autocast(input.device.type, enabled=False):
+        logits = F.linear(input.to(state), weight.to(state), None if bias is None else bias.to(state))
+        loss = F.cross_entropy(logits.reshape(rows, classes), labels, **options)
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _state_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows_(logits, target, scale, ignore_index, label_smoothing, gradient):
+    """Loss of each row of logits `[c, V]`; if asked, the logits become scale times its gradient."""
+    kept = target != ignore_index
+    wanted = torch.where(kept, target, 0)[:, None]
+    shift = logits.amax(1, keepdim=True)
+    at_target = logits.gather(1, wanted) - shift
+    mean = logits.mean(1, keepdim=True) - shift if label_smoothing else 0.0
+    total = logits.sub_(shift).exp_().sum(1, keepdim=True)
+    loss = total.log() - (1 - label_smoothing) * at_target - label_smoothing * mean
+    if gradient:
+        # p - 1 is taken before any scale: in a sum of rounded products it would cancel where p is near 1.
+        at_target = logits.gather(1, wanted) / total - (1 - label_smoothing)
+        logits.div_(total).scatter_(1, wanted, at_target).sub_(label_smoothing / logits.shape[1])
+        logits.mul_(torch.where(kept, 1.0 if scale is None else scale, 0.0).to(logits.dtype)[:, None])
+    return torch.where(kept, loss[:, 0], 0)
+
+
+def _chunks(rows, classes, device):
+    """Bounds of equal chunks of rows."""
+    least, most = _CHUNK_ROWS.get(device, _CHUNK_ROWS["cuda"])
+    budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"])
+    size = max(least, min(most, budget // (4 * max(1, classes))))
+    count = -(-rows // size)
+    return [rows * i // count for i in range(count + 1)] if rows else [0]
+
+
+def _chunked(input, weight, bias, target, scale, ignore_index, label_smoothing, needs_input, needs_weight, needs_bias):
+    """Loss of each row, and the gradients of the sum of scale times loss that are needed (the others are empty)."""
+    (rows, _), classes, state = input.shape, len(weight), _state_dtype(input)
+    _check_targets(target, classes, ignore_index)
+    loss = input.new_zeros(rows, dtype=state)
+    grad_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=state) if needs_weight else input.new_empty(0)
+    grad_bias = input.new_zeros(classes if needs_bias else 0, dtype=state)
+    bounds = _chunks(rows, classes, input.device.type)
+    largest = max((last - first for first, last in pairwise(bounds)), default=0)
+    logits_space = input.new_empty((largest, classes), dtype=state)
+    with torch.autocast(input.device.type, enabled=False):
+        w = weight.to(state)
+        for first, last in pairwise(bounds if classes else []):
+            x, logits = input[first:last].to(state), logits_space[: last - first]
+            if bias is None:
+                torch.mm(x, w.T, out=logits)
+            else:
+                torch.addmm(bias.to(state), x, w.T, out=logits)
+            loss[first:last] = _rows(
+                logits,
+                target[first:last],
+                None if scale is None else scale[first:last],
+                ignore_index,
+                label_smoothing,
+                needs_input or needs_weight or needs_bias,
+            )
+            if needs_input:
+                grad_input[first:last] = logits @ w
+            if needs_weight:
+                grad_weight.addmm_(logits.T, x)
+            if needs_bias:
+                grad_bias += logits.sum(0)
+    return loss, grad_input, grad_weight.to(weight.dtype), grad_bias.to(input.dtype)
+
+
+def _check_targets(target, classes, ignore_index):
+    inside = ((target >= 0) & (target < classes) | (target == ignore_index)).all()
+    if target.device.type != "cpu":
+        torch._assert_async(inside, "linear_cross_entropy: target outside the vocabulary")
+    elif not inside:
+        raise ValueError(f"target must lie in [0, {classes}), the vocabulary, or be ignore_index = {ignore_index}")
+
+
+def _fake(input, weight, bias, target, scale, ignore_index, label_smoothing, needs_input, needs_weight, needs_bias):
+    return (
+        input.new_empty(input.shape[0], dtype=_state_dtype(input)),
+        torch.empty_like(input) if needs_input else input.new_empty(0),
+        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
+        input.new_empty(weight.shape[0] if needs_bias else 0),
+    )
+
+
+_lib.reference("linear_cross_entropy_rows_", _rows_)
+_lib.reference("linear_cross_entropy", _chunked)
+_lib.fake(
+    "linear_cross_entropy_rows_",
+    lambda logits, target, scale, ignore_index, label_smoothing, gradient: logits.new_empty(logits.shape[0]),
+)
+_lib.fake("linear_cross_entropy", _fake)
+
+_rows = torch.ops.fastlm.linear_cross_entropy_rows_.default
+_linear_cross_entropy = torch.ops.fastlm.linear_cross_entropy.default
+
+
+class _Final(torch.autograd.Function):
+    """Gradients that cannot be differentiated again; without it, a second derivative would be zero and say nothing."""
+
+    @staticmethod
+    def forward(input, weight, bias, d_input, d_weight, d_bias):  # no *gradients: torch.compile would pass ctx as well
+        return tuple(x if x is None else x.view_as(x) for x in (d_input, d_weight, d_bias))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("linear_cross_entropy is differentiable once: it has no second derivative")
+
+
+def _needed(ctx, gradients):
+    return [x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
+
+
+class _Reduced(torch.autograd.Function):
+    """mean and sum: the gradients are ready after the forward, up to the factor from above."""
+
+    @staticmethod
+    def forward(input, weight, bias, target, reduction, ignore_index, label_smoothing, needs):
+        count, scale = None, None
+        if reduction == "mean":
+            count = (target != ignore_index).sum().to(_state_dtype(input))
+            scale = count.reciprocal().expand(len(target))
+        loss, *gradients = _linear_cross_entropy(
+            input, weight, bias, target, scale, ignore_index, label_smoothing, *needs
+        )
+        total = loss.sum()
+        return (total if count is None else total / count, *gradients)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output[1:], *inputs[:3])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else zeros the size of the weight for an output without a gradient
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return None, None, None, None, None, None, None, None
+        *gradients, input, weight, bias = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _needed(ctx, [x * grad for x in gradients])
+        return *_Final.apply(input, weight, bias, *gradients), None, None, None, None, None
+
+
+class _PerRow(torch.autograd.Function):
+    """none: the backward makes the logits again, with the gradient of each row at hand."""
+
+    @staticmethod
+    def forward(input, weight, bias, target, ignore_index, label_smoothing):
+        needs = (False, False, False)
+        return _linear_cross_entropy(input, weight, bias, target, None, ignore_index, label_smoothing, *needs)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.ignore_index, ctx.label_smoothing = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight, bias, target = ctx.saved_tensors
+        options = (ctx.ignore_index, ctx.label_smoothing, *ctx.needs_input_grad[:3])
+        with torch.no_grad():
+            _, *gradients = _linear_cross_entropy(input, weight, bias, target, grad, *options)
+        return *_Final.apply(input, weight, bias, *_needed(ctx, gradients)), None, None, None
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Cross entropy of `input @ weight.T + bias`, in nats, with a bounded chunk of the logits in memory.
+
+    Args:
+        input: `[..., D]`; float32, bfloat16, float16 or float64. Autocast casts it like a linear layer's.
+        weight: `[V, D]` like `input`.
+        target: `[...]` int64 or int32 ids in [0, V), or `ignore_index`.
+        bias: `[V]` like `input`, or None.
+        reduction: `"mean"` over the targets that are not ignored (NaN when there are none), `"sum"`, or `"none"`.
+        ignore_index: target of the rows that count for nothing; it may lie inside the vocabulary.
+        label_smoothing: weight of the uniform distribution in the target, in [0, 1].
+        impl: `"auto"`, `"reference"` or `"cpu"`.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or the shape of `target` for `"none"`, where an ignored row is 0.
+        Differentiable once with respect to `input`, `weight` and `bias`; only the gradients in need are computed.
+
+    Raises:
+        ValueError: wrong shape or value; a target outside the vocabulary (a device assertion on a GPU).
+        TypeError: wrong dtype or device. RuntimeError: `impl` is not installed.
+    """
+    _checks.floating("input", input)
+    _checks.floating("weight", weight)
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight, bias = (x if x is None else x.to(dtype) for x in (input, weight, bias))
+    _checks.same("weight", weight, "input", input)
+    V, D = _checks.dims("weight", weight, "VD")
+    if input.dim() == 0 or input.shape[-1] != D:
+        raise ValueError(f"input must have shape [..., D] with D = {D} like weight, got {list(input.shape)}")
+    _checks.ids("target", target)
+    _checks.same("target", target, "input", input, dtype=False)
+    if target.shape != input.shape[:-1]:
+        raise ValueError(f"target must have shape {list(input.shape[:-1])} like input, got {list(target.shape)}")
+    if bias is not None:
+        _checks.same("bias", bias, "input", input)
+        _checks.shape("bias", bias, V=V)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    label_smoothing = _checks.probability("label_smoothing", label_smoothing)
+    if _lib.resolve("linear_cross_entropy", impl, input) == "reference":
+        return reference(input, weight, target, bias, reduction, ignore_index, label_smoothing)
+    rows, labels = input.reshape(target.numel(), D), target.reshape(-1).long()
+    if reduction == "none":
+        return _PerRow.apply(rows, weight, bias, labels, ignore_index, label_smoothing).reshape(target.shape)
+    needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in (input, weight, bias))
+    return _Reduced.apply(rows, weight, bias, labels, reduction, ignore_index, label_smoothing, needs)[0]
