@@ -6,6 +6,7 @@ from fastlm.ops.cache_distribution import cache_distribution
 from fastlm.ops.dropconnect import dropconnect, dropconnect_mask
 from fastlm.ops.forget_mult import forget_mult
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.lstm import lstm
 from fastlm.ops.qrnn_pool import qrnn_pool
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "dropconnect_mask",
     "forget_mult",
     "linear_cross_entropy",
+    "lstm",
     "qrnn_pool",
     "which",
 ]

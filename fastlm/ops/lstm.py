@@ -1,0 +1,231 @@
+"""One LSTM layer in one direction, with one DropConnect mask on the hidden-to-hidden weight.
+
+With M the mask scaled by 1 / (1 - p), and PyTorch's gate order i, f, g, o:
+
+    a_t = W_ih x_t + b_ih + (M * W_hh) h_{t-1} + b_hh
+    i, f, o = sigmoid(a_i), sigmoid(a_f), sigmoid(a_o);   g = tanh(a_g)
+    c_t = f_t c_{t-1} + i_t g_t;   h_t = o_t tanh(c_t);   y_t = h_t
+
+The adjoint, from the last step to the first, with dh_t and dc_t what later steps and the loss ask for:
+
+    dh_t  += dy_t;   do = dh tanh(c);   dc_t += dh o (1 - tanh(c)^2)
+    di = dc g;   df = dc c_{t-1};   dg = dc i;   dc_{t-1} = dc f
+    da = (di i(1-i), df f(1-f), dg (1-g^2), do o(1-o));   dx_t = da W_ih;   dh_{t-1} = da (M * W_hh)
+    dW_ih = sum_t da_t^T x_t;   dW_hh = M * sum_t da_t^T h_{t-1};   db = sum_t da_t
+
+Hochreiter and Schmidhuber, Neural Computation 9(8), 1997; weight dropout: Merity, Keskar and Socher,
+arXiv 1708.02182, after Wan et al., ICML 2013.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlm import _lib
+from fastlm.ops import _checks
+from fastlm.ops.dropconnect import dropconnect
+
+_INPUTS = "Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor bias, bool reverse"
+_lib.define(f"lstm_aten_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor)")
+_GRADIENTS = ", ".join(["Tensor"] * 6)
+_lib.define(f"lstm_aten_bwd(Tensor dy, Tensor dh, Tensor dc, Tensor y, {_INPUTS}) -> ({_GRADIENTS})")
+_lib.declare("lstm", extra=("aten",))
+
+
+def reference(x, h0, c0, w_ih, w_hh, b_ih=None, b_hh=None, reverse=False):
+    """The loop above on a weight already masked; 16-bit inputs are computed in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    bias = sum(b.to(dtype) for b in (b_ih, b_hh) if b is not None)
+    projected = F.linear(x.to(dtype), w_ih.to(dtype)) + bias
+    recurrent = w_hh.to(dtype).t()
+    h, c = h0.to(dtype), c0.to(dtype)
+    # unbind: indexing step by step would make the backward quadratic in T
+    steps = projected.unbind(0)
+    y = []
+    for step in reversed(steps) if reverse else steps:
+        i, f, g, o = (step + h @ recurrent).chunk(4, dim=-1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        y.append(h)
+    y = torch.stack(y[::-1] if reverse else y) if y else projected.new_zeros(0, *h0.shape)
+    return y.to(x.dtype), h.to(h0.dtype), c.to(c0.dtype)
+
+
+def _aten(x, h0, c0, w_ih, w_hh, b_ih=None, b_hh=None, reverse=False):
+    """PyTorch's own layer on a masked weight: oneDNN on a CPU, cuDNN on a GPU, its generic kernels elsewhere."""
+    if x.numel() == 0 or h0.numel() == 0:  # PyTorch refuses these
+        return reference(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)
+    # A wider state is kept as it is: it was given to save the cell from rounding.
+    dtype = torch.promote_types(x.dtype, h0.dtype)
+    if x.device.type == "cpu" and dtype == torch.float16:
+        dtype = torch.float32  # oneDNN trains in float32 and bfloat16; the generic kernels are 10 x slower
+    weights = [w_ih, w_hh]
+    if b_ih is not None or b_hh is not None:
+        weights += [w_hh.new_zeros(w_hh.size(0)) if b is None else b for b in (b_ih, b_hh)]
+    weights = [w.to(dtype) for w in weights]
+    state = (h0.to(dtype).unsqueeze(0), c0.to(dtype).unsqueeze(0))
+    steps = (x.flip(0) if reverse else x).to(dtype)
+    # Without "train" neither library saves what its backward needs.
+    train = torch.is_grad_enabled() and any(t.requires_grad for t in (steps, *state, *weights))
+    y, h, c = torch._VF.lstm(steps, state, weights, len(weights) == 4, 1, 0.0, train, False, False)
+    y = y.flip(0) if reverse else y
+    return y.to(x.dtype), h.squeeze(0).to(h0.dtype), c.squeeze(0).to(c0.dtype)
+
+
+def _aten_fwd(x, h0, c0, w_ih, w_hh, bias, reverse):
+    y, h, c = _aten(x, h0, c0, w_ih, w_hh, bias, None, reverse)
+    return y.contiguous(), h.clone() if h is h0 else h.contiguous(), c.clone() if c is c0 else c.contiguous()
+
+
+def _aten_bwd(dy, dh, dc, y, x, h0, c0, w_ih, w_hh, bias, reverse):
+    """The adjoint above. The gates come back from the outputs in one product, without walking the steps again."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, h0.dtype), torch.float32)
+    dy, y, x_, h, c, v, w = (t.to(dtype) for t in (dy, y, x, h0, c0, w_ih, w_hh))
+    if reverse:
+        dy, y, x_ = dy.flip(0), y.flip(0), x_.flip(0)
+    before = torch.cat([h.unsqueeze(0), y])[: y.shape[0]]  # h_{t-1}
+    i, f, g, o = (F.linear(x_, v, bias.to(dtype)) + F.linear(before, w)).chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    cells = [c]
+    for write, keep in zip(i * g, f, strict=True):
+        cells.append(torch.addcmul(write, keep, cells[-1]))
+    cells = torch.stack(cells)
+    tanh = cells[1:].tanh()
+    # what multiplies dc and dh in each part of da, and dh in dc
+    by_cell = torch.stack([g * i * (1 - i), cells[:-1] * f * (1 - f), i * (1 - g * g)], 2)  # [T, B, 3, H]
+    by_output, into_cell = tanh * o * (1 - o), o * (1 - tanh * tanh)
+    da = by_cell.new_empty(*y.shape[:2], 4, y.shape[2])
+    dh, dc = dh.to(dtype), dc.to(dtype)
+    for t in range(y.shape[0] - 1, -1, -1):
+        dh = dh + dy[t]
+        dc = torch.addcmul(dc, dh, into_cell[t])
+        torch.mul(by_cell[t], dc.unsqueeze(1), out=da[t, :, :3])
+        torch.mul(by_output[t], dh, out=da[t, :, 3])
+        dh, dc = da[t].flatten(1) @ w, dc * f[t]
+    da = da.flatten(2)
+    rows = da.flatten(0, 1)
+    dx = da @ v
+    grads = (
+        dx.flip(0) if reverse else dx,
+        dh,
+        dc,
+        rows.t() @ x_.flatten(0, 1),
+        rows.t() @ before.flatten(0, 1),
+        rows.sum(0),
+    )
+    return tuple(
+        g.to(t.dtype, memory_format=torch.contiguous_format, copy=True)
+        for g, t in zip(grads, (x, h0, c0, w_ih, w_hh, bias), strict=True)
+    )
+
+
+_lib.reference("lstm_aten_fwd", _aten_fwd)
+_lib.reference("lstm_aten_bwd", _aten_bwd)
+_lib.fake(
+    "lstm_aten_fwd",
+    lambda x, h0, c0, w_ih, w_hh, bias, reverse: (
+        x.new_empty(*x.shape[:2], h0.shape[1]),
+        h0.new_empty(h0.shape),
+        c0.new_empty(c0.shape),
+    ),
+)
+_lib.fake(
+    "lstm_aten_bwd",
+    lambda dy, dh, dc, y, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:6]),
+)
+
+_FWD = torch.ops.fastlm.lstm_aten_fwd.default
+_BWD = torch.ops.fastlm.lstm_aten_bwd.default
+
+
+class _Opaque(torch.autograd.Function):
+    """The ATen layer as two nodes of a compiled graph."""
+
+    @staticmethod
+    def forward(x, h0, c0, w_ih, w_hh, bias, reverse):
+        return _FWD(x, h0, c0, w_ih, w_hh, bias, reverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.reverse = inputs
+        ctx.save_for_backward(output[0], *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh, dc):
+        return *_BWD(dy, dh, dc, *ctx.saved_tensors, ctx.reverse), None
+
+
+def _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh):
+    _checks.floating("x", x)
+    _, B, inputs = _checks.dims("x", x, "TBI")
+    _, H = _checks.dims("h0", h0, "BH")
+    _checks.state("h0", h0, "x", x, B=B, H=H)
+    _checks.state("c0", c0, "x", x, B=B, H=H)
+    _checks.same("c0", c0, "h0", h0)
+    biases = [(name, b) for name, b in (("b_ih", b_ih), ("b_hh", b_hh)) if b is not None]
+    for name, weight in [("w_ih", w_ih), ("w_hh", w_hh), *biases]:
+        _checks.same(name, weight, "x", x)
+    _checks.shape("w_ih", w_ih, **{"4H": 4 * H, "I": inputs})
+    _checks.shape("w_hh", w_hh, **{"4H": 4 * H, "H": H})
+    for name, bias in biases:
+        _checks.shape(name, bias, **{"4H": 4 * H})
+
+
+def lstm(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    weight_dropout: float = 0.0,
+    seed: Tensor | None = None,
+    reverse: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one LSTM layer in one direction.
+
+    Args:
+        x: `[T, B, I]`, any strides; float32, bfloat16, float16 or float64. Under autocast it and the weights are cast
+            to the autocast dtype.
+        h0, c0: `[B, H]`, the state before the first step read, in the dtype of `x` or float32.
+        w_ih, w_hh: `[4H, I]` and `[4H, H]`, gates in the order i, f, g, o, in the dtype of `x`.
+        b_ih, b_hh: `[4H]` or None.
+        weight_dropout: probability of dropping an element of `w_hh`, in [0, 1]; one mask for the whole call.
+        seed: int64 scalar tensor on the device of `x`; drawn from PyTorch's default generator when None.
+        reverse: read from the last step to the first; outputs stay at the steps of their inputs.
+        impl: `"auto"`, `"reference"` or `"aten"`: PyTorch's own layer on a masked copy of `w_hh`. That runs in the
+            wider of the dtypes of `x` and the state (float16 in float32 on a CPU), so a float32 state stays exact.
+
+    Returns:
+        `(y, h_n, c_n)`: `[T, B, H]` in the dtype of `x`, and `[B, H]` each in the dtype of the state given. Compiled
+        or exported, `"aten"` is differentiable once; else as often as PyTorch's layer is on that device.
+
+    Raises:
+        ValueError: wrong shape, or `weight_dropout` outside [0, 1]. TypeError: wrong dtype or device.
+        RuntimeError: `impl` is not installed.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        cast = [None if t is None else t.to(dtype) for t in (x, w_ih, w_hh, b_ih, b_hh)]
+        with torch.autocast(device, enabled=False):
+            return lstm(
+                cast[0], h0, c0, *cast[1:], weight_dropout=weight_dropout, seed=seed, reverse=reverse, impl=impl
+            )
+    _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    p = _checks.probability("weight_dropout", weight_dropout)
+    chosen = _lib.resolve("lstm", impl, x)
+    if p:
+        w_hh = dropconnect(w_hh, p, seed, impl="reference" if chosen == "reference" else "auto")
+    if chosen == "reference":
+        return reference(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)
+    if torch.compiler.is_compiling():  # torch.compile breaks its graph at PyTorch's layer
+        c0 = c0.view_as(c0) if c0 is h0 else c0  # which takes no tensor twice in a Function
+        bias = sum((b for b in (b_ih, b_hh) if b is not None), w_hh.new_zeros(w_hh.shape[0]))
+        return _Opaque.apply(x, h0, c0, w_ih, w_hh, bias, reverse)
+    return _aten(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)

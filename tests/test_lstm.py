@@ -1,0 +1,275 @@
+"""One LSTM layer in one direction: values and gradients, the mask, states, transforms and errors."""
+
+import pytest
+import torch
+
+from fastlm import ops, testing
+from fastlm.ops import lstm, philox
+from fastlm.ops.lstm import _Opaque, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+IMPLS = ["aten", "reference"]
+SHAPES = [(1, 1, 1, 1), (5, 3, 4, 7), (9, 2, 1, 3), (2, 1, 17, 33), (0, 3, 4, 5), (4, 0, 3, 2), (3, 2, 0, 4)]
+SEED = torch.tensor(12345)
+
+
+def arguments(shape, dtype=torch.float64, *, bias=True, state=None):
+    T, B, inputs, H = shape
+    sizes = [(T, B, inputs), (B, H), (B, H), (4 * H, inputs), (4 * H, H)] + [(4 * H,)] * 2 * bias
+    tensors = [torch.randn(size, dtype=torch.float64) * (1 if i < 3 else 0.5) for i, size in enumerate(sizes)]
+    return [t.to(state or dtype if i in (1, 2) else dtype).requires_grad_() for i, t in enumerate(tensors)]
+
+
+def gradients(outputs, inputs, weights):
+    loss = sum((y.double() * w).sum() for y, w in zip(outputs, weights, strict=True))
+    return torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+
+def masked(args, p=0.4):
+    keep = philox.keep_mask(args[4].shape, p, SEED, philox.WEIGHT)
+    return [*args[:4], torch.where(keep, args[4] * philox.scale(p), 0), *args[5:]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(impl, shape, bias, reverse):
+    args = arguments(shape, torch.float32, bias=bias)
+    exact = [a.detach().double().requires_grad_() for a in args]
+    expected = reference(*masked(exact), reverse=reverse)
+    actual = lstm(*args, weight_dropout=0.4, seed=SEED, reverse=reverse, impl=impl)
+    weights = [torch.randn_like(y) for y in expected]
+    for name, a, e in zip("yhc", actual, expected, strict=True):
+        testing.assert_close(name, a, e, 2e-6)
+    names = ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh"]
+    pairs = zip(names, gradients(actual, args, weights), gradients(expected, exact, weights), strict=False)
+    for name, a, e in pairs:
+        testing.assert_close(name, a, e, 5e-6)
+
+
+def test_reference_is_the_textbook_cell():
+    """Against torch's single-step cell, which shares nothing with either implementation."""
+    x, h, c, *weights = arguments((4, 3, 5, 6))
+    y, h_n, c_n = reference(x, h, c, *weights)
+    for step, expected in zip(x, y, strict=True):
+        h, c = torch.lstm_cell(step, (h, c), *weights)
+        torch.testing.assert_close(expected, h)
+    torch.testing.assert_close((h_n, c_n), (h, c))
+
+
+def test_hand_written_adjoint():
+    """The mathematics of the module docstring, step by step, is what autograd finds."""
+    args = arguments((4, 2, 3, 5))
+    outputs = reference(*args)
+    dy, dh, dc = (torch.randn_like(y) for y in outputs)
+    found = torch.autograd.grad(outputs, args, (dy, dh, dc))
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh = (a.detach() for a in args)
+    h, c, tape = h0, c0, []
+    for step in x:
+        i, f, g, o = (step @ w_ih.T + b_ih + h @ w_hh.T + b_hh).chunk(4, -1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        tape.append((step, h, c, i, f, g, o))
+        c = f * c + i * g
+        tape[-1] += (c,)
+        h = o * c.tanh()
+    dx, dw_ih, dw_hh, db = torch.zeros_like(x), 0, 0, 0
+    for t, (step, h, c, i, f, g, o, after) in reversed(list(enumerate(tape))):
+        dh = dh + dy[t]
+        dc = dc + dh * o * (1 - after.tanh() ** 2)
+        gates = dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g**2), dh * after.tanh() * o * (1 - o)
+        da = torch.cat(gates, -1)
+        dx[t], dh, dc = da @ w_ih, da @ w_hh, dc * f
+        dw_ih, dw_hh, db = dw_ih + da.T @ step, dw_hh + da.T @ h, db + da.sum(0)
+    for expected, actual in zip((dx, dh, dc, dw_ih, dw_hh, db, db), found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_accuracy(impl, dtype):
+    args = arguments((13, 4, 20, 24), dtype)
+    exact = reference(*masked([a.detach().double() for a in args]))
+    x, h, c, *weights = masked([a.detach() for a in args])
+    plain = torch._VF.lstm(x, (h[None], c[None]), weights, True, 1, 0.0, False, False, False)
+    actual = lstm(*args, weight_dropout=0.4, seed=SEED, impl=impl)
+    for name, a, p, e in zip(["y", "h_n", "c_n"], actual, plain, exact, strict=True):
+        assert a.dtype == dtype
+        testing.assert_accurate(name, a, p.view_as(a), e)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_both_implementations_drop_the_same_weights(impl):
+    args = arguments((6, 2, 3, 11), torch.float32)
+    expected = lstm(*masked(args), impl="reference")
+    actual = lstm(*args, weight_dropout=0.4, seed=SEED, impl=impl)
+    torch.testing.assert_close(actual, expected)
+    keep = ops.dropconnect_mask((44, 11), 0.4, SEED)
+    grad = torch.autograd.grad(actual[0].sum(), args[4])[0]
+    assert not grad[~keep].any() and grad[keep].all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_everything_dropped(impl):
+    args = arguments((4, 2, 3, 5), torch.float32)
+    actual = lstm(*args, weight_dropout=1.0, seed=SEED, impl=impl)
+    torch.testing.assert_close(actual, lstm(*args[:4], torch.zeros(20, 5), *args[5:], impl=impl))
+
+
+def test_drawn_seeds_are_fresh_and_reproducible():
+    args = arguments((4, 2, 3, 8), torch.float32)
+    torch.manual_seed(3)
+    first, second = (lstm(*args, weight_dropout=0.5)[0] for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(first, lstm(*args, weight_dropout=0.5)[0]) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_call_equals_any_split(impl, dtype, reverse):
+    x, h, c, *weights = (a.detach() for a in arguments((9, 3, 4, 6), dtype, state=torch.float32))
+    whole = lstm(x, h, c, *weights, weight_dropout=0.3, seed=SEED, reverse=reverse, impl=impl)
+    parts = [None] * 4
+    chunks = x.split([4, 0, 1, 4])
+    for i in range(4)[:: -1 if reverse else 1]:
+        parts[i], h, c = lstm(chunks[i], h, c, *weights, weight_dropout=0.3, seed=SEED, reverse=reverse, impl=impl)
+    assert h.dtype == c.dtype == torch.float32
+    # with 16-bit states the cell would be rounded at each seam, and differ by 1e-3
+    torch.testing.assert_close(
+        (torch.cat(parts), h, c), whole, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2
+    )
+    torch.testing.assert_close((h, c), whole[1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_inputs_and_expanded_gradients(impl):
+    args = arguments((5, 3, 4, 6), torch.float32)
+    views = [testing.strided(a) for a in args]
+    before = [v.clone() for v in views]
+    expected, actual = lstm(*args, impl=impl), lstm(*views, impl=impl)
+    torch.testing.assert_close(actual, expected)
+    # sum() hands back a gradient with stride 0
+    for a, e in zip(
+        torch.autograd.grad(actual[0].sum(), views), torch.autograd.grad(expected[0].sum(), args), strict=True
+    ):
+        torch.testing.assert_close(a, e)
+    assert all(torch.equal(v, b) for v, b in zip(views, before, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradcheck(impl):
+    args = arguments((3, 2, 2, 3))
+    for reverse in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda *a, r=reverse: lstm(*a, weight_dropout=0.3, seed=SEED, reverse=r, impl=impl), args
+        )
+
+
+def test_operators_are_well_registered():
+    for shape in [(3, 2, 4, 5), (0, 2, 4, 5)]:
+        inputs = [a.detach() for a in arguments(shape, torch.float32)[:6]]
+        torch.library.opcheck(torch.ops.fastlm.lstm_aten_fwd.default, (*inputs, True))
+        y = torch.randn(*shape[:2], 5)
+        torch.library.opcheck(torch.ops.fastlm.lstm_aten_bwd.default, (y, *inputs[1:3], y, *inputs, False))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_compiles_without_a_break(reverse):
+    def loss(x, h, c, *weights):
+        outputs = lstm(x, h, c, *weights, weight_dropout=0.4, seed=SEED, reverse=reverse)
+        return sum(y.square().sum() for y in outputs)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (4, 7):
+        args = arguments((T, 2, 3, 5), torch.float32)
+        expected, actual = loss(*args), compiled(*args)
+        torch.testing.assert_close(actual, expected)
+        for a, e in zip(torch.autograd.grad(actual, args), torch.autograd.grad(expected, args), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivative_of_the_compiled_layer_raises():
+    args = arguments((3, 2, 3, 4), torch.float32)
+    y = _Opaque.apply(*args[:6], False)[0]
+    (grad,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_func_grad(impl, dtype):
+    args = arguments((3, 2, 3, 4), dtype)
+
+    def loss(w_hh):
+        return lstm(*args[:4], w_hh, *args[5:], weight_dropout=0.4, seed=SEED, impl=impl)[0].square().sum()
+
+    expected = torch.autograd.grad(loss(args[4]), args[4])[0]
+    torch.testing.assert_close(torch.func.grad(loss)(args[4].detach()), expected)
+
+
+def test_autocast_casts_input_and_weights_and_keeps_the_state():
+    args = arguments((5, 2, 3, 8), torch.float32)
+    low = [a.bfloat16() if i not in (1, 2) else a for i, a in enumerate(args)]
+    expected = lstm(*low, weight_dropout=0.4, seed=SEED)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = lstm(*args, weight_dropout=0.4, seed=SEED)
+    assert [y.dtype for y in actual] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert torch.autograd.grad(actual[0].float().sum(), args[4])[0].dtype == torch.float32
+
+
+def test_which():
+    x = torch.zeros(1, 1, 1)
+    assert ops.which("lstm", x) == ops.which(lstm, x, impl="aten") == "aten"
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({0: torch.zeros(5, 4)}, ValueError, r"x must have shape \[T, B, I\]"),
+        ({0: torch.zeros(5, 3, 4, dtype=torch.int64)}, TypeError, "x must be float32"),
+        ({0: torch.zeros(5, 3, 4).half()}, TypeError, "w_ih must be torch.float16 like x"),
+        ({1: torch.zeros(2, 6)}, ValueError, r"h0 must have shape \[B, H\] = \[3, 6\], got \[2, 6\]"),
+        ({2: torch.zeros(3, 5)}, ValueError, "c0 must have shape"),
+        ({2: torch.zeros(3, 6).double()}, TypeError, "c0 must be torch.float32 like x"),
+        ({3: torch.zeros(24, 5)}, ValueError, r"w_ih must have shape \[4H, I\] = \[24, 4\]"),
+        ({4: torch.zeros(20, 6)}, ValueError, "w_hh must have shape"),
+        ({6: torch.zeros(6)}, ValueError, "b_hh must have shape"),
+        ({1: torch.zeros(3, 6, device="meta")}, TypeError, "h0 must be on cpu like x, got meta"),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    args = [a.detach() for a in arguments((5, 3, 4, 6), torch.float32)]
+    for index, value in change.items():
+        args[index] = value
+    with pytest.raises(error, match=message):
+        lstm(*args)
+
+
+def test_wrong_options():
+    args = arguments((1, 1, 1, 1))
+    with pytest.raises(ValueError, match="weight_dropout must lie in"):
+        lstm(*args, weight_dropout=1.5)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        lstm(*args, impl="fast")
+    with pytest.raises(RuntimeError, match="no 'cuda' kernel"):
+        lstm(*args, impl="cuda")
+    with pytest.raises(TypeError, match="seed must be an int64"):
+        lstm(*args, weight_dropout=0.5, seed=torch.tensor(1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gpu_equals_cpu(reverse):
+    args = arguments((7, 3, 5, 9), torch.float32)
+    device = [a.detach().cuda().requires_grad_() for a in args]
+    expected = lstm(*args, weight_dropout=0.4, seed=SEED, reverse=reverse)
+    actual = lstm(*device, weight_dropout=0.4, seed=SEED.cuda(), reverse=reverse)
+    weights = [torch.randn_like(y).double() for y in expected]
+    for a, e in zip(actual, expected, strict=True):
+        testing.assert_close("value", a.cpu(), e.double(), 1e-3)
+    grads = gradients([a.cpu() for a in actual], device, weights)
+    for a, e in zip(grads, gradients(expected, args, weights), strict=True):
+        testing.assert_close("gradient", a.cpu(), e.double(), 1e-3)
