@@ -1,0 +1,22 @@
+"""Drop-in modules over the operators."""
+
+from fastlm.nn.cache import CacheRing, CacheState, CacheTuning, NeuralCache
+from fastlm.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
+from fastlm.nn.lstm import LSTM
+from fastlm.nn.qrnn import QRNN, QRNNLayer, QRNNState
+from fastlm.nn.softmax import LinearCrossEntropyLoss
+
+__all__ = [
+    "LSTM",
+    "QRNN",
+    "CacheRing",
+    "CacheState",
+    "CacheTuning",
+    "EmbeddingDropout",
+    "LinearCrossEntropyLoss",
+    "LockedDropout",
+    "NeuralCache",
+    "QRNNLayer",
+    "QRNNState",
+    "WeightDrop",
+]
