@@ -125,6 +125,7 @@ Tensor fwd(const Tensor& f_, const Tensor& x_, const std::optional<Tensor>& h0_,
   Tensor out = torch::stable::empty_like(f);
   if (out.numel() == 0) return out;
   ForgetMultArgs args = arguments(f, x, h0, reverse);
+  prefer_huge_pages(out);
   args.out = out.mutable_data_ptr();
   launch(forget_mult_fwd_kernel, args);
   return out;
@@ -144,6 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_, const Tensor& f_, co
   ForgetMultArgs args = arguments(f, x, h0, reverse);
   args.grad = grad.const_data_ptr();
   args.h = h.const_data_ptr();
+  prefer_huge_pages(df);
+  prefer_huge_pages(dx);
   args.df = df.mutable_data_ptr();
   args.dx = dx.mutable_data_ptr();
   args.dh0 = dh0.mutable_data_ptr();
