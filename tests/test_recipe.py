@@ -1,0 +1,121 @@
+import dataclasses
+
+import pytest
+
+from fastlm.errors import FastlmError, RecipeError
+from fastlm.training.recipe import Recipe, load_recipe, make_recipe, parse_override, recipe_names
+
+
+def write(tmp_path, text):
+    path = tmp_path / "r.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_load_and_make_a_model_config(name):
+    config = load_recipe(name).model_config(1000)
+    assert config.vocab_size == 1000
+    assert config.cell in name
+
+
+def test_packaged_recipes_are_the_promised_ones():
+    wanted = {"ptb-lstm", "ptb-qrnn", "wt2-lstm", "wt2-qrnn", "ptb-lstm-small", "demo-lstm", "demo-qrnn"}
+    assert set(recipe_names()) == wanted
+
+
+def test_published_hyper_parameters():
+    ptb, wt2 = load_recipe("ptb-lstm"), load_recipe("wt2-qrnn")
+    assert (ptb.batch_size, ptb.input_dropout, ptb.hidden_dropout, ptb.seed, ptb.epochs) == (
+        20,
+        0.4,
+        0.25,
+        141,
+        500,
+    )
+    assert (wt2.num_layers, wt2.hidden_size, wt2.weight_dropout, wt2.batch_size) == (4, 1550, 0.1, 40)
+    assert (wt2.cache_theta, wt2.cache_lambda, wt2.cache_window) == (0.662, 0.1279, 3785)
+
+
+def test_unknown_key_is_named_with_the_nearest_one(tmp_path):
+    path = write(tmp_path, "hiden_size = 10\n")
+    with pytest.raises(RecipeError, match="unknown key 'hiden_size'; the nearest valid one is 'hidden_size'") as e:
+        load_recipe(path)
+    assert isinstance(e.value, FastlmError)
+    assert "\n" not in str(e.value)
+    assert "r.toml" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr = 0", "lr must be greater than 0"),
+        ("lr = nan", "lr must be greater than 0"),
+        ('lr = "fast"', "lr must be a number"),
+        ("lr = true", "lr must be a number"),
+        ("hidden_size = 1.5", "hidden_size must be an integer"),
+        ("tie_weights = 1", "tie_weights must be true or false"),
+        ("hidden_dropout = 1.0", "hidden_dropout must be less than 1"),
+        ("cache_lambda = 1.5", "cache_lambda must be at most 1"),
+        ('cell = "rnn"', "cell must be one of"),
+        ("when = 3", "when must be a list"),
+        ("when = [0]", "when must be at least 1"),
+        ("when = [3]", "'when' goes with optimizer sgd or adam"),
+        ("[model]\nlr = 1", "unknown key 'model'"),
+    ],
+)
+def test_wrong_values(tmp_path, text, words):
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_toml(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(write(tmp_path, "lr = = 3"))
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "missing.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "binary.toml")
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(RecipeError, match="ptb-lstm"):
+        load_recipe("ptb-lsmt")
+
+
+def test_overrides_come_last_and_are_checked():
+    assert load_recipe("ptb-lstm", {"lr": 5, "when": [], "epochs": 3}).lr == 5.0
+    with pytest.raises(RecipeError, match="epoch"):
+        load_recipe("ptb-lstm", {"epoch": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lr=3", ("lr", 3)),
+        ("lr = 1e-3", ("lr", 1e-3)),
+        ("cell=qrnn", ("cell", "qrnn")),
+        ('cell="qrnn"', ("cell", "qrnn")),
+        ("when=[3, 4]", ("when", [3, 4])),
+        ("tie_weights=false", ("tie_weights", False)),
+        ("compat=", ("compat", "")),
+        ("x=a=b", ("x", "a=b")),
+    ],
+)
+def test_overrides_are_read_as_toml_or_text(text, expected):
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize("text", ["lr", "=3"])
+def test_override_without_key_or_value(text):
+    with pytest.raises(RecipeError, match="key=value"):
+        parse_override(text)
+
+
+def test_recipes_are_frozen_and_round_trip():
+    recipe = make_recipe({"optimizer": "adam", "when": [2, 5]})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.lr = 3
+    assert make_recipe(dataclasses.asdict(recipe)) == recipe
+    assert recipe != Recipe()
