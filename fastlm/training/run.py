@@ -1,0 +1,167 @@
+"""The run folder: what a training run needs to be gone on with, evaluated or sampled from later.
+
+config.toml       the recipe and which text it was trained on
+vocabulary.json   the words, so that a run can be sampled from without its text
+metrics.jsonl     one JSON object per log interval and per epoch
+checkpoints/last  all that goes on to the same numbers;  checkpoints/best: the weights validated best
+results.json      final figures;  cache.json: those of the cache;  loss.png, report.html: to look at
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastlm import __version__
+from fastlm.data import Corpus, Vocabulary, load_corpus
+from fastlm.errors import DataError, FastlmError, RecipeError
+from fastlm.models import LanguageModel
+from fastlm.nn import NeuralCache
+from fastlm.training.checkpoint import load_checkpoint, load_weights, write_file
+from fastlm.training.recipe import CHANGEABLE, Recipe, make_recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What config.toml holds: the recipe, where the text came from, its digest and the size of its vocabulary."""
+
+    recipe: Recipe
+    source: str
+    digest: str
+    vocab_size: int
+
+
+def create_run(run_dir: Path, config: RunConfig, vocabulary: Vocabulary) -> None:
+    """Makes the folder of a new run.
+
+    Raises:
+        FastlmError: there is a run in it already.
+    """
+    if (run_dir / "config.toml").exists():
+        raise FastlmError(f"{run_dir} holds a run already: go on with it by --resume, or give another folder")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_file(run_dir / "vocabulary.json", json.dumps(vocabulary.to_dict(), ensure_ascii=False))
+    write_config(run_dir, config)
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Writes config.toml."""
+    tables = {
+        "data": {"source": config.source, "digest": config.digest, "vocab_size": config.vocab_size},
+        "recipe": asdict(config.recipe),
+    }
+    lines = [f"# Written by fastlm {__version__}."]
+    for name, values in tables.items():
+        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+    write_file(run_dir / "config.toml", "\n".join(lines) + "\n")
+
+
+def read_run(run_dir: str | Path) -> RunConfig:
+    """Reads config.toml.
+
+    Raises:
+        FastlmError: there is no run in the folder, or its config.toml cannot be read.
+    """
+    path = Path(run_dir) / "config.toml"
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tables["data"]
+        return RunConfig(make_recipe(tables["recipe"]), data["source"], data["digest"], data["vocab_size"])
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise FastlmError(f"no run in {run_dir}: {path} is missing") from e
+    except (OSError, ValueError, KeyError, TypeError, RecipeError) as e:
+        raise FastlmError(f"{path} cannot be read: {type(e).__name__}: {e}") from e
+
+
+def check_same_run(old: RunConfig, new: RunConfig) -> None:
+    """Raises unless a run that was started as `old` may go on as `new`.
+
+    Raises:
+        RecipeError: a value differs whose change would make it another run. DataError: the text is another one.
+    """
+    for key, value in asdict(new.recipe).items():
+        before = getattr(old.recipe, key)
+        if value != before and key not in CHANGEABLE:
+            raise RecipeError(f"{key} is {before!r} in this run and cannot become {value!r}: start another one")
+    if old.digest != new.digest:
+        raise DataError(f"the text {new.source} is not, or no longer, the one that this run was started with")
+
+
+def run_corpus(config: RunConfig, source: str | None = None) -> Corpus:
+    """The text of a run, from where it was or from `source`.
+
+    Raises:
+        DataError: it cannot be read, or is not the text of this run.
+    """
+    source = source or config.source
+    corpus = load_corpus(source, level=config.recipe.level, compat=config.recipe.compat or None)
+    check_same_run(config, replace(config, source=source, digest=corpus.digest))
+    return corpus
+
+
+def run_vocabulary(run_dir: str | Path) -> Vocabulary:
+    """The vocabulary of a run."""
+    path = Path(run_dir) / "vocabulary.json"
+    try:
+        return Vocabulary.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise FastlmError(f"{path} cannot be read: {type(e).__name__}: {e}") from e
+
+
+def run_model(run_dir: str | Path, device: str = "cpu") -> LanguageModel:
+    """The model of a run with the weights that were validated best, in evaluation mode."""
+    config, path = read_run(run_dir), Path(run_dir) / "checkpoints" / "best"
+    model = LanguageModel(config.recipe.model_config(config.vocab_size)).to(device)
+    load_weights(model, load_checkpoint(path, device)[0], path)
+    return model.eval()
+
+
+def run_cache(
+    run_dir: str | Path, theta: float | None = None, lambda_: float | None = None, window: int | None = None
+) -> NeuralCache:
+    """The cache of a run; what is not given comes from its cache.json, else from its recipe."""
+    recipe, tuned = read_run(run_dir).recipe, read_json(Path(run_dir) / "cache.json")
+    known = tuned or {"theta": recipe.cache_theta, "lambda": recipe.cache_lambda, "window": recipe.cache_window}
+    return NeuralCache(
+        known["theta"] if theta is None else theta,
+        known["lambda"] if lambda_ is None else lambda_,
+        known["window"] if window is None else window,
+        compat=recipe.compat or None,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of results.json or cache.json, None where there is none.
+
+    Raises:
+        FastlmError: it is there and cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise FastlmError(f"{path} cannot be read: {e}") from e
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes results.json or cache.json."""
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)

@@ -1,0 +1,309 @@
+"""The training loop: variable-length BPTT, all regularisers, NT-ASGD, checkpoints; killed, it goes on bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.data import BPTTLoader, Corpus, batchify
+from fastlm.errors import FastlmError
+from fastlm.models import LanguageModel, detach_state, map_state
+from fastlm.optim import NTASGD, NonMonotone
+from fastlm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from fastlm.training.evaluate import Evaluation, evaluate
+from fastlm.training.metrics import MetricsFile, Sums
+from fastlm.training.progress import Progress, duration, say
+from fastlm.training.recipe import Recipe
+from fastlm.training.run import RunConfig, check_same_run, create_run, read_run, write_config, write_json
+from fastlm.training.signals import StopRequest
+
+_COUNTERS = ("step", "validated_step", "epoch", "epoch_done", "stopped", "tokens", "seconds")
+
+
+class Interrupted(Exception):
+    """A signal came: the run has been saved and can be gone on with."""
+
+
+class Trainer:
+    """One training run in one folder.
+
+    Seeds torch's generators with the seed of the recipe; everything random comes from them and from the loader.
+
+    Args:
+        run_dir: the folder of the run (see `fastlm.training.run`).
+        recipe: its hyper-parameters.
+        corpus: its text.
+        source: where the text was read from, to find it again; the name of the corpus when not given.
+        device: where to train.
+        resume: go on with the run that is in the folder, instead of starting one there.
+        start: a checkpoint whose weights to start from and whose validation loss to better.
+
+    Raises:
+        FastlmError: there is a run in the folder already, or, with `resume`, none that could be gone on with.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        recipe: Recipe,
+        corpus: Corpus,
+        *,
+        source: str | None = None,
+        device: str | torch.device = "cpu",
+        resume: bool = False,
+        start: str | Path | None = None,
+    ):
+        self.run_dir, self.recipe, self.corpus = Path(run_dir), recipe, corpus
+        self.device = torch.device(device)
+        for split, columns in [("valid", recipe.eval_batch_size), ("test", recipe.test_batch_size)]:
+            batchify(getattr(corpus, split), columns)  # too short a text is an error now, not after an epoch
+        self.loader = BPTTLoader(
+            corpus.train, recipe.batch_size, recipe.bptt, variable=recipe.variable_bptt, seed=recipe.seed
+        )
+        torch.manual_seed(recipe.seed)
+        self.model = LanguageModel(recipe.model_config(len(corpus.vocabulary))).to(self.device)
+        self.optimizer = _optimizer(recipe, self.model)
+        self.stopper = NonMonotone(recipe.nonmono) if recipe.optimizer == "asgd" else None
+
+        self.step = self.validated_step = self.epoch = self.tokens = 0
+        self.seconds = 0.0  # of training, validation not counted
+        self.epoch_done = self.stopped = False
+        self.best: Evaluation | None = None
+        self.hidden: Any = None
+        self._interval, self._epoch = Sums(self.device), Sums(self.device)
+
+        self._stop = StopRequest()
+        self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
+        self._checkpoints = self.run_dir / "checkpoints"
+        config = RunConfig(recipe, source or corpus.name, corpus.digest, len(corpus.vocabulary))
+        if resume:
+            check_same_run(read_run(self.run_dir), config)
+            self._load()
+            write_config(self.run_dir, config)
+        else:
+            create_run(self.run_dir, config, corpus.vocabulary)
+            if start is not None:
+                weights, state = load_checkpoint(start)
+                load_weights(self.model, weights, start)
+                self._save_best(Evaluation(**state["valid"]))
+            self.save()
+
+    def fit(self) -> Evaluation:
+        """Trains until the epochs or the seconds are spent, then scores the test split with the best weights.
+
+        Raises:
+            Interrupted: a signal came; everything has been saved.
+            FastlmError: the loss is not a number any more, or a checkpoint cannot be written.
+        """
+        with self._stop:
+            try:
+                while self.validated_step != self.step or not self._finished():
+                    if not self.epoch_done and not self._out_of_time():
+                        self._train_epoch()
+                    self._validate()
+                return self._test()
+            except Interrupted:
+                self.save()
+                raise
+
+    def save(self) -> None:
+        """Writes checkpoints/last: with it the run goes on to the same numbers, bit for bit on the same machine."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "best": self.best and asdict(self.best),
+            "interval": self._interval.values(),
+            "epoch_sums": self._epoch.values(),
+            "metrics_bytes": self._metrics.size(),
+            "stopper": self.stopper and self.stopper.log,
+            "optimizer": self.optimizer.state_dict(),
+            "loader": self.loader.state_dict(),
+            "hidden": self.hidden,
+            "rng": rng,
+        }
+        save_checkpoint(self._checkpoints / "last", self.model.state_dict(), state)
+        self._saved_at = time.perf_counter()
+
+    def _load(self) -> None:
+        path = self._checkpoints / "last"
+        weights, state = load_checkpoint(path)
+        load_weights(self.model, weights, path)
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self.best = state["best"] and Evaluation(**state["best"])
+        self._interval = Sums(self.device, *state["interval"])
+        self._epoch = Sums(self.device, *state["epoch_sums"])
+        if self.stopper is not None:
+            self.stopper.log = state["stopper"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loader.load_state_dict(state["loader"])
+        if state["hidden"] is not None:
+            saved = iter([tensor.to(self.device) for layer in state["hidden"] for tensor in layer])
+            self.hidden = map_state(lambda _: next(saved), self.model.init_state(self.recipe.batch_size))
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        # Lines written after the checkpoint belong to steps that will be made again.
+        self._metrics.truncate(state["metrics_bytes"])
+        self._saved_at = time.perf_counter()
+
+    def _train_epoch(self) -> None:
+        self.model.train()
+        total = self.loader.length * self.recipe.batch_size
+        with Progress(f"epoch {self.epoch + 1}", total, self._epoch.tokens) as progress:
+            before = time.perf_counter()
+            for inputs, targets, lr_scale in self.loader:
+                nll = self._train_step(inputs.to(self.device), targets.to(self.device), lr_scale)
+                now = time.perf_counter()
+                self._count(nll, targets.numel(), now - before)
+                before = now
+                progress.advance(targets.numel())
+                if self.step % self.recipe.log_interval == 0:
+                    self._log_interval(progress)
+                self._obey()
+                if self._out_of_time():
+                    return
+                if now - self._saved_at > self.recipe.save_interval:
+                    self.save()
+                    before = time.perf_counter()
+        self.epoch_done = True
+
+    def _train_step(self, inputs: Tensor, targets: Tensor, lr_scale: float) -> Tensor:
+        self.optimizer.zero_grad()
+        if self.hidden is None:
+            self.hidden = self.model.init_state(inputs.shape[1])
+        out = self.model.loss(inputs, targets, self.hidden)
+        out.loss.backward()
+        if self.recipe.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr() * lr_scale
+        self.optimizer.step()
+        self.hidden = detach_state(out.state)
+        return out.nll
+
+    def _count(self, nll: Tensor, tokens: int, seconds: float) -> None:
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self._interval.add(nll, tokens, seconds)
+        self._epoch.add(nll, tokens, seconds)
+
+    def _log_interval(self, progress: Progress) -> None:
+        figures = self._figures(self._interval)
+        self._metrics.write({"event": "train", **figures})
+        if not math.isfinite(figures["loss"]):
+            raise FastlmError(f"the training loss is {figures['loss']} at step {self.step}: try a lower lr")
+        rate = figures["tokens_per_second"]
+        left = self.recipe.epochs * progress.total - self.epoch * progress.total - self._epoch.tokens
+        seconds = left / rate
+        if self.recipe.max_seconds:
+            seconds = min(seconds, self.recipe.max_seconds - self.seconds)
+        progress.note(
+            f"step {self.step} | loss {figures['loss']:.3f} | ppl {figures['ppl']:.1f} | "
+            f"{rate:,.0f} tokens/s | ETA {duration(seconds)}"
+        )
+        self._interval = Sums(self.device)
+
+    def _validate(self) -> None:
+        averaging = isinstance(self.optimizer, NTASGD) and self.optimizer.averaging
+        with self._average():
+            valid = self._evaluate("validation", self.corpus.valid, self.recipe.eval_batch_size)
+            if not math.isfinite(valid.nll):
+                raise FastlmError(f"the validation loss is {valid.nll} at step {self.step}: try a lower lr")
+            if self.best is None or valid.nll < self.best.nll:
+                self._save_best(valid)
+        figures = self._figures(self._epoch)
+        scores = {f"valid_{k}": v for k, v in valid.to_dict().items()}
+        self._metrics.write({"event": "epoch", **figures, **scores, "averaging": averaging})
+        say(
+            f"epoch {self.epoch + 1} | step {self.step} | train ppl {figures['ppl']:.2f} | valid loss {valid.nll:.4f} "
+            f"| valid ppl {valid.ppl:.2f} | {figures['tokens_per_second']:,.0f} tokens/s | {duration(self.seconds)}"
+        )
+        self.validated_step = self.step
+        if self.epoch_done:
+            self._end_epoch(valid)
+        self.save()
+
+    def _end_epoch(self, valid: Evaluation) -> None:
+        if isinstance(self.optimizer, NTASGD) and self.optimizer.observe(valid.nll):
+            say("the validation loss has stopped improving: averaging from here on")
+        if self.stopper is not None:
+            self.stopped = self.stopper.observe(valid.nll)
+        self.epoch += 1
+        self.epoch_done = False
+        self.hidden = None
+        self._epoch = Sums(self.device)
+
+    def _test(self) -> Evaluation:
+        path = self._checkpoints / "best"
+        weights, state = load_checkpoint(path)
+        # The last weights are kept in their own checkpoint and are needed no more.
+        load_weights(self.model, weights, path)
+        test = self._evaluate("test", self.corpus.test, self.recipe.test_batch_size)
+        results = {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "epochs": self.epoch,
+            "steps": self.step,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "valid": Evaluation(**state["valid"]).to_dict(),
+            "test": test.to_dict(),
+        }
+        write_json(self.run_dir / "results.json", results)
+        return test
+
+    def _evaluate(self, label: str, ids: Tensor, columns: int) -> Evaluation:
+        with Progress(label, len(ids)) as progress:
+
+            def on_window(tokens: int) -> None:
+                progress.advance(tokens)
+                self._obey()
+
+            return evaluate(self.model, ids, columns, self.recipe.bptt, self.recipe.compat or None, on_window)
+
+    def _figures(self, sums: Sums) -> dict[str, Any]:
+        where = {"step": self.step, "epoch": self.epoch + 1, "lr": self._lr(), "seconds": round(self.seconds, 3)}
+        return {**where, **sums.figures()}
+
+    def _save_best(self, valid: Evaluation) -> None:
+        self.best = valid
+        state = {"valid": asdict(valid), "step": self.step, "epoch": self.epoch + 1}
+        save_checkpoint(self._checkpoints / "best", self.model.state_dict(), state)
+
+    def _obey(self) -> None:
+        if self._stop:
+            raise Interrupted(f"stopped at step {self.step}, in epoch {self.epoch + 1}")
+
+    def _average(self) -> AbstractContextManager:
+        return self.optimizer.average() if isinstance(self.optimizer, NTASGD) else nullcontext()
+
+    def _lr(self) -> float:
+        return self.recipe.lr / 10 ** sum(self.epoch >= e for e in self.recipe.when)
+
+    def _out_of_time(self) -> bool:
+        return 0 < self.recipe.max_seconds <= self.seconds
+
+    def _finished(self) -> bool:
+        return self.epoch >= self.recipe.epochs or self.stopped or self._out_of_time()
+
+
+def _optimizer(recipe: Recipe, model: LanguageModel) -> torch.optim.Optimizer:
+    lr, weight_decay = recipe.lr, recipe.weight_decay
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = NTASGD(model.parameters(), lr, n=recipe.nonmono, weight_decay=weight_decay, lag=recipe.compat or None)
+    if recipe.optimizer == "asgd":
+        optimizer.start_averaging()
+    return optimizer
