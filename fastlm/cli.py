@@ -1,0 +1,137 @@
+"""The command `fastlm`: train, finetune, eval, cache, generate, demo, info.
+
+What a command prints goes to stdout and its progress to stderr. With `--json` the last line of stdout is one JSON
+object. A problem with what the user gave is one line on stderr and exit status 2; Ctrl-C is status 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from fastlm import __version__
+from fastlm.errors import FastlmError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["info"]:
+        from fastlm import info
+
+        return info.main(arguments[1:])
+    args = _parser().parse_args(arguments)
+    try:
+        # Imports torch, which is slow, and not there in time for --help.
+        from fastlm.training import commands
+
+        status, result = getattr(commands, args.function)(args)
+    except KeyboardInterrupt:
+        print("fastlm: interrupted", file=sys.stderr)
+        return 130
+    except (FastlmError, OSError) as e:
+        print(f"fastlm: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result))
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastlm", description="Recurrent language models at the speed of the hardware."
+    )
+    parser.add_argument("--version", action="version", version=f"fastlm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, text: str, function: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(function=function or name)
+        sub.add_argument("--json", action="store_true", help="print one JSON object, last on stdout")
+        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default) takes CUDA where it is")
+        return sub
+
+    train = command("train", "train a model by a recipe")
+    train.add_argument("--data", help='folder with train.txt, valid.txt, test.txt, or "stdlib"')
+    train.add_argument("--recipe", help="name of a packaged recipe or path of a TOML file")
+    train.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
+    train.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    _add_set(train)
+
+    finetune = command("finetune", "go on from the best weights of a run with averaged SGD, in RUN/finetune")
+    _add_run(finetune)
+    finetune.add_argument("--resume", action="store_true", help="go on with a finetuning that was stopped")
+    _add_set(finetune)
+
+    evaluate = command("eval", "score a text with the best weights of a run", "evaluate")
+    _add_run(evaluate)
+    evaluate.add_argument("--split", choices=["train", "valid", "test"], default="test")
+    evaluate.add_argument("--batch-size", type=_whole(1), help="columns; default: that of the recipe for the split")
+    evaluate.add_argument("--bptt", type=_whole(1), help="tokens per forward pass; default: that of the recipe")
+
+    cache = command("cache", "score a text with the neural cache behind the model")
+    _add_run(cache)
+    cache.add_argument("--split", choices=["valid", "test"], default="test")
+    cache.add_argument("--tune", action="store_true", help="find theta, lambda and window on the validation split")
+    _add_cache(cache)
+
+    generate = command("generate", "continue a text")
+    _add_run(generate)
+    generate.add_argument("--prompt", default="", help="text to continue; default: the start of a line")
+    generate.add_argument("--tokens", type=_whole(0), default=100, help="how many to sample (default 100)")
+    generate.add_argument("--temperature", type=_number(0), default=1.0, help="0: always the most probable token")
+    generate.add_argument("--top-k", type=_whole(0), default=0, help="sample among this many tokens; 0: all")
+    generate.add_argument("--top-p", type=_number(0, 1), default=1.0, help="sample among this share of probability")
+    generate.add_argument("--cache", action="store_true", help="mix in the neural cache")
+    _add_cache(generate)
+    generate.add_argument("--seed", type=_whole(0), help="the same seed gives the same text; default: a fresh one")
+
+    demo = command("demo", "train two small models on the embedded corpus, tune the cache, print one table")
+    demo.add_argument("--out", default="runs/demo", help="folder for both runs (default runs/demo)")
+
+    commands.add_parser("info", help="say what is installed, what runs and what would improve it")
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, help="folder of the run")
+    parser.add_argument("--data", help="where its text is now, if it has moved")
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe; may be repeated"
+    )
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    where = "default: tuned before, else from the recipe"
+    parser.add_argument("--theta", type=_number(0), help=f"flatness; {where}")
+    parser.add_argument("--lambda", dest="lambda_", type=_number(0, 1), help=f"share of the cache; {where}")
+    parser.add_argument("--window", type=_whole(1), help=f"how many words it looks back on; {where}")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return whole_number
+
+
+def _number(least: float, most: float = float("inf")) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = float(text)
+        if not least <= value <= most or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

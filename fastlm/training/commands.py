@@ -1,0 +1,175 @@
+"""What the commands of `fastlm` do: each takes parsed arguments, returns an exit status and a result for JSON."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlm.data import Vocabulary, load_corpus
+from fastlm.errors import FastlmError
+from fastlm.nn import NeuralCache
+from fastlm.training import demo as demonstration
+from fastlm.training.caching import cache_run
+from fastlm.training.evaluate import Evaluation
+from fastlm.training.evaluate import evaluate as score
+from fastlm.training.generate import generate as sample
+from fastlm.training.progress import Progress, say
+from fastlm.training.recipe import finetune_recipe, load_recipe, override, parse_override
+from fastlm.training.report import write_report
+from fastlm.training.run import read_json, read_run, run_cache, run_corpus, run_model, run_vocabulary
+from fastlm.training.trainer import Interrupted, Trainer
+
+Result = tuple[int, dict[str, Any]]
+INTERRUPTED = 130
+
+
+def train(args: Namespace) -> Result:
+    """Trains by a recipe, or goes on with a run."""
+    settings = dict(parse_override(text) for text in args.set)
+    if args.resume:
+        config = read_run(args.out)
+        recipe = load_recipe(args.recipe, settings) if args.recipe else override(config.recipe, settings)
+        source = _source(args.data) or config.source
+        corpus = run_corpus(config, source)
+    elif args.data and args.recipe:
+        recipe, source = load_recipe(args.recipe, settings), _source(args.data)
+        corpus = load_corpus(source, level=recipe.level, compat=recipe.compat or None)
+    else:
+        raise FastlmError("train needs --data and --recipe, or --resume to go on with a run")
+    trainer = Trainer(args.out, recipe, corpus, source=source, device=_device(args), resume=args.resume)
+    return _fit(trainer, f"fastlm train --out {shlex.quote(args.out)} --resume")
+
+
+def finetune(args: Namespace) -> Result:
+    """Averaged SGD from the best weights of a run, as a run of its own in RUN/finetune."""
+    run_dir = Path(args.run)
+    folder, settings = run_dir / "finetune", dict(parse_override(text) for text in args.set)
+    config = read_run(run_dir)
+    recipe = override(read_run(folder).recipe, settings) if args.resume else finetune_recipe(config.recipe, settings)
+    source = _source(args.data) or config.source
+    corpus, start = run_corpus(config, source), None if args.resume else run_dir / "checkpoints" / "best"
+    trainer = Trainer(folder, recipe, corpus, source=source, device=_device(args), resume=args.resume, start=start)
+    return _fit(trainer, f"fastlm finetune --run {shlex.quote(args.run)} --resume")
+
+
+def evaluate(args: Namespace) -> Result:
+    """Scores a split with the best weights."""
+    config = read_run(args.run)
+    recipe, corpus = config.recipe, run_corpus(config, _source(args.data))
+    model, ids = run_model(args.run, _device(args)), getattr(corpus, args.split)
+    columns = args.batch_size or (recipe.test_batch_size if args.split == "test" else recipe.eval_batch_size)
+    with Progress(args.split, len(ids)) as progress:
+        result = score(model, ids, columns, args.bptt or recipe.bptt, recipe.compat or None, progress.advance)
+    print(_line(args.split, result, recipe.level))
+    return 0, {"split": args.split, "batch_size": columns, **result.to_dict()}
+
+
+def cache(args: Namespace) -> Result:
+    """Scores a split with the cache behind the best weights."""
+    if args.tune and args.lambda_ is not None:
+        raise FastlmError("--tune finds lambda by itself; theta and window may be given with it")
+    corpus = run_corpus(read_run(args.run), _source(args.data))
+    settings, model = _cache(args), run_model(args.run, _device(args))
+    grid = {"thetas": None if args.theta is None else [args.theta], "windows": args.window and [args.window]}
+    result = cache_run(args.run, model, corpus, settings, [args.split], tune=args.tune, **grid)
+    print(f"theta {result['theta']:.4g}, lambda {result['lambda']:.4g}, window {result['window']}")
+    for split in ("valid", "test"):
+        if split in result:
+            plain, cached = result[split]["plain"]["ppl"], result[split]["cached"]["ppl"]
+            print(f"{split}: perplexity {plain:.2f}, with the cache {cached:.2f} ({cached / plain - 1:+.1%})")
+    return 0, {key: value for key, value in result.items() if key != "passage"}
+
+
+def generate(args: Namespace) -> Result:
+    """Continues a text with the best weights."""
+    read_run(args.run)
+    vocabulary = run_vocabulary(args.run)
+    ids = _prompt(args.prompt, vocabulary)
+    seed = torch.Generator().seed() if args.seed is None else args.seed
+    model = run_model(args.run, _device(args))
+    sampled = sample(
+        model,
+        torch.tensor(ids),
+        args.tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        cache=_cache(args) if args.cache else None,
+        banned=vocabulary.unk_id,
+        seed=seed,
+    )
+    text = vocabulary.decode([*(ids if args.prompt else []), *sampled])
+    print(text)
+    return 0, {"prompt": args.prompt, "text": text, "seed": seed}
+
+
+def demo(args: Namespace) -> Result:
+    """Trains, tunes and tests two small models and checks what they reach."""
+    try:
+        rows = demonstration.run_demo(args.out, _device(args))
+    except Interrupted as e:
+        say(f"{e}; go on with the same command")
+        return INTERRUPTED, {"interrupted": True}
+    print(demonstration.table(rows))
+    print()
+    found = demonstration.checks(rows)
+    for holds, sentence in found:
+        print(f"{'ok  ' if holds else 'FAIL'}  {sentence}")
+    print(f"look at {args.out}/lstm/report.html and {args.out}/qrnn/report.html")
+    passed = all(holds for holds, _ in found)
+    return 0 if passed else 1, {"rows": rows, "passed": passed}
+
+
+def _fit(trainer: Trainer, again: str) -> Result:
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    say(f"{trainer.run_dir}: {parameters:,} parameters, {len(trainer.corpus.train):,} tokens, on {trainer.device}")
+    try:
+        test = trainer.fit()
+    except Interrupted as e:
+        say(f"{e}; go on with: {again}")
+        return INTERRUPTED, {"run": str(trainer.run_dir), "interrupted": True}
+    write_report(trainer.run_dir)
+    print(_line("valid", trainer.best, trainer.recipe.level))
+    print(_line("test", test, trainer.recipe.level))
+    return 0, {"run": str(trainer.run_dir), **read_json(trainer.run_dir / "results.json")}
+
+
+def _line(split: str, result: Evaluation, level: str) -> str:
+    bits = "" if level == "word" else f", {result.bpc:.4f} bits per {level}"
+    return f"{split}: perplexity {result.ppl:.2f}, loss {result.nll:.4f}{bits}, {result.tokens:,} tokens"
+
+
+def _source(data: str | None) -> str | None:
+    """What to write down as the source of a text: a folder by its full path, so that it is found from anywhere."""
+    return data if data in (None, demonstration.SOURCE) else str(Path(data).resolve())
+
+
+def _device(args: Namespace) -> str:
+    if args.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return str(torch.empty(0, device=args.device).device)
+    except (RuntimeError, AssertionError) as e:
+        raise FastlmError(f"--device {args.device}: {str(e).splitlines()[0]}") from e
+
+
+def _cache(args: Namespace) -> NeuralCache:
+    return run_cache(args.run, args.theta, args.lambda_, args.window)
+
+
+def _prompt(text: str, vocabulary: Vocabulary) -> list[int]:
+    ids = vocabulary.encode(text)
+    if vocabulary.level != "byte":
+        unknown = [w for w in (text.split() if vocabulary.level == "word" else text) if w not in vocabulary]
+        unknown = [w for w in dict.fromkeys(unknown) if w != "\n"]
+        if unknown:
+            say(f"not in the vocabulary, read as <unk>: {' '.join(unknown)}")
+    if ids:
+        return ids
+    if vocabulary.eos_id is None:
+        raise FastlmError("this vocabulary has no line end to start from: give a --prompt")
+    return [vocabulary.eos_id]

@@ -1,0 +1,255 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_run import SMALL, write_text
+
+from fastlm import cli
+from fastlm.training import demo
+
+SETTINGS = [f"--set={key}={value}" for key, value in {**SMALL, "epochs": 2}.items()]
+
+
+@pytest.fixture(autouse=True)
+def no_shared_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path_factory.getbasetemp() / "corpora"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path / "text")
+
+
+@pytest.fixture
+def run(tmp_path, text, capsys):
+    assert (
+        cli.main(["train", "--data", str(text), "--recipe", "ptb-lstm", "--out", str(tmp_path / "run"), *SETTINGS]) == 0
+    )
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def fails(capsys, *arguments):
+    """Exit status 2 and one line on stderr, which is returned."""
+    assert cli.main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastlm: ") and captured.out == ""
+    return lines[0]
+
+
+def test_train_evaluate_cache_generate(run, text, capsys):
+    assert {f.name for f in run.iterdir()} >= {
+        *("config.toml", "vocabulary.json", "metrics.jsonl", "checkpoints", "results.json", "loss.png", "report.html")
+    }
+    results = json.loads((run / "results.json").read_text())
+    assert cli.main(["eval", "--run", str(run), "--json"]) == 0
+    scored = last_json(capsys)
+    assert scored["nll"] == results["test"]["nll"] and scored["split"] == "test"
+    assert cli.main(["eval", "--run", str(run), "--split", "valid"]) == 0
+    assert f"perplexity {results['valid']['ppl']:.2f}" in capsys.readouterr().out
+
+    assert cli.main(["cache", "--run", str(run), "--tune", "--json"]) == 0
+    tuned = last_json(capsys)
+    assert tuned["test"]["plain"]["nll"] == pytest.approx(scored["nll"], rel=1e-5)
+    assert cli.main(["cache", "--run", str(run), "--json"]) == 0
+    again = last_json(capsys)
+    assert [again[k] for k in ("theta", "lambda", "window")] == [tuned[k] for k in ("theta", "lambda", "window")]
+    assert again["test"] == tuned["test"]
+    assert cli.main(["cache", "--run", str(run), "--theta", "0.2", "--lambda", "0", "--window", "9", "--json"]) == 0
+    given = last_json(capsys)
+    assert [given[k] for k in ("theta", "lambda", "window")] == [0.2, 0.0, 9]
+    assert given["test"]["cached"]["nll"] == pytest.approx(given["test"]["plain"]["nll"], rel=1e-6)
+
+    command = ["generate", "--run", str(run), "--prompt", "the cat", "--seed", "7", "--tokens", "12", "--cache"]
+    outputs = []
+    for _ in range(2):
+        assert cli.main(command) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and outputs[0].startswith("the cat")
+
+
+def test_finetune_is_a_run_of_its_own_and_tested(run, capsys):
+    assert cli.main(["finetune", "--run", str(run), "--set", "epochs=3", "--json"]) == 0
+    result = last_json(capsys)
+    assert result["test"]["tokens"] > 0
+    assert (run / "finetune" / "results.json").exists()
+    assert cli.main(["eval", "--run", str(run / "finetune"), "--json"]) == 0
+    assert last_json(capsys)["nll"] == result["test"]["nll"]
+    assert cli.main(["finetune", "--run", str(run), "--resume", "--json"]) == 0
+    assert last_json(capsys)["test"] == result["test"]
+
+
+def test_resume_goes_on_with_more_epochs(run, capsys):
+    assert cli.main(["train", "--out", str(run), "--resume", "--set", "epochs=4", "--json"]) == 0
+    assert last_json(capsys)["epochs"] == 4
+    assert "hidden_size" in fails(capsys, "train", "--out", run, "--resume", "--set", "hidden_size=13")
+    assert "is 12 in this run" in fails(
+        capsys, "train", "--out", run, "--resume", "--recipe", "ptb-lstm", *SETTINGS[:1]
+    )
+
+
+def test_one_line_errors(run, text, tmp_path, capsys):
+    train = ["train", "--data", text, "--recipe", "ptb-lstm", "--out"]
+    assert "--resume" in fails(capsys, *train, run)
+    assert "nearest valid one is 'hidden_size'" in fails(capsys, *train, tmp_path / "b", "--set", "hiden_size=3")
+    assert "key=value" in fails(capsys, *train, tmp_path / "b", "--set", "lr")
+    assert "no recipe 'nope'" in fails(capsys, "train", "--data", text, "--recipe", "nope", "--out", tmp_path / "b")
+    assert "needs --data" in fails(capsys, "train", "--out", tmp_path / "b")
+    assert "no run in" in fails(capsys, "train", "--out", tmp_path / "b", "--resume")
+    fails(capsys, "train", "--data", tmp_path / "none", "--recipe", "ptb-lstm", "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    for command in ("eval", "cache", "generate", "finetune"):
+        assert "no run in" in fails(capsys, command, "--run", tmp_path / "b")
+    assert "--device" in fails(capsys, "eval", "--run", run, "--device", "abacus")
+    assert "lambda" in fails(capsys, "cache", "--run", run, "--tune", "--lambda", "0.1")
+
+
+def test_a_changed_text_is_noticed(run, text, capsys):
+    (text / "train.txt").write_text("another text\n" * 50)
+    assert "no longer, the one" in fails(capsys, "eval", "--run", run)
+
+
+def test_a_moved_text_is_found_by_data(run, text, tmp_path, capsys):
+    text.rename(tmp_path / "moved")
+    fails(capsys, "eval", "--run", run)
+    # The digest does not cover the name of the folder.
+    assert cli.main(["eval", "--run", str(run), "--data", str(tmp_path / "moved")]) == 0
+
+
+def test_damaged_files_of_a_run(run, capsys):
+    best = run / "checkpoints" / "best" / "model.safetensors"
+    best.write_bytes(best.read_bytes()[:-3])
+    assert "damaged" in fails(capsys, "eval", "--run", run)
+    assert "damaged" in fails(capsys, "generate", "--run", run)
+    (run / "vocabulary.json").write_text("{")
+    assert "vocabulary.json cannot be read" in fails(capsys, "generate", "--run", run)
+    (run / "config.toml").write_text("[recipe]\nlr = ")
+    assert "config.toml cannot be read" in fails(capsys, "eval", "--run", run)
+
+
+def test_unknown_words_of_a_prompt_are_said(run, capsys):
+    assert cli.main(["generate", "--run", str(run), "--prompt", "the zebra sat", "--tokens", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "zebra" in captured.err and captured.err.count("\n") == 1
+    result = json.loads(captured.out.splitlines()[-1])
+    assert result["text"].startswith("the <unk> sat")
+    again = ["generate", "--run", str(run), "--prompt", "the zebra sat", "--tokens", "3", "--seed", str(result["seed"])]
+    assert cli.main([*again, "--json"]) == 0
+    assert last_json(capsys)["text"] == result["text"]
+
+
+def test_without_a_prompt_a_line_is_started(run, capsys):
+    command = ["generate", "--run", str(run), "--temperature", "0", "--json"]
+    assert cli.main([*command, "--tokens", "0"]) == 0
+    assert last_json(capsys)["text"] == ""  # the line end it starts from is not shown
+    assert cli.main([*command, "--tokens", "5"]) == 0
+    assert last_json(capsys)["text"] != ""
+
+
+@pytest.mark.parametrize("level", ["char", "byte"])
+def test_characters_and_bytes(tmp_path, text, level, capsys):
+    out = tmp_path / level
+    settings = [*SETTINGS, f"--set=level={level}", "--set=epochs=1", "--set=bptt=40"]
+    assert cli.main(["train", "--data", str(text), "--recipe", "ptb-lstm", "--out", str(out), *settings]) == 0
+    assert f"bits per {level}" in capsys.readouterr().out
+    assert (
+        cli.main(["generate", "--run", str(out), "--prompt", "the c", "--tokens", "20", "--seed", "1", "--json"]) == 0
+    )
+    result = last_json(capsys)
+    assert result["text"].startswith("the c") and len(result["text"]) > 5
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["eval"], ["eval", "--run", "x", "--split", "nope"]])
+def test_wrong_command_lines(arguments, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(arguments)
+    assert e.value.code == 2
+    assert "usage: fastlm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--temperature=-1", "--top-p=2", "--top-k=-1", "--tokens=x", "--lambda=1.1", "--window=0", "--theta=inf"]
+)
+def test_options_out_of_range(option, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--run", "x", option])
+    assert option.split("=")[0] in capsys.readouterr().err
+
+
+def test_info_and_help_need_no_torch(capsys):
+    code = "import sys; sys.modules['torch'] = None; from fastlm import cli; sys.exit(cli.main(sys.argv[1:]))"
+    for arguments in (["info"], ["--help"], ["train", "--help"]):
+        assert subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True).returncode == 0
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path, text):
+    out = tmp_path / "run"
+    settings = [*SETTINGS, "--set=epochs=100000", "--set=log_interval=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastlm.cli",
+        "train",
+        "--data",
+        str(text),
+        "--recipe",
+        "ptb-lstm",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen([*command, *settings], stderr=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].endswith(f"go on with: fastlm train --out {out} --resume")
+
+
+def rows(plain, cached):
+    return [
+        {"model": "unigram", "valid ppl": 400.0, "test ppl": 400.0},
+        {"model": "demo-lstm", "test ppl": plain, "test, cache": cached, "parameters": 1234567},
+    ]
+
+
+def test_the_demo_checks_itself():
+    assert all(holds for holds, _ in demo.checks(rows(200.0, 150.0)))
+    assert [holds for holds, _ in demo.checks(rows(250.0, 150.0))] == [False, True]
+    assert [holds for holds, _ in demo.checks(rows(200.0, 170.0))] == [True, False]
+    assert not any(holds for holds, _ in demo.checks(rows(float("nan"), float("nan"))))
+
+
+def test_the_table_is_aligned():
+    lines = demo.table(rows(200.0, 150.0)).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].startswith("model") and "1,234,567" in lines[2] and "-" in lines[1]
+
+
+def test_the_demo_trains_tunes_and_checks(tmp_path, text, monkeypatch, capsys):
+    path = tmp_path / "tiny.toml"
+    path.write_text("\n".join(f"{k} = {v}" for k, v in {**SMALL, "epochs": 1}.items()))
+    monkeypatch.setattr(demo, "SOURCE", str(text))
+    monkeypatch.setattr(demo, "RECIPES", {"lstm": str(path)})
+    for _ in range(2):  # the second time it goes on with what is there
+        status = cli.main(["demo", "--out", str(tmp_path / "demo"), "--json"])
+        out = capsys.readouterr().out.splitlines()
+        result = json.loads(out[-1])
+        assert status == 1 and not result["passed"]  # random words cannot be learnt
+        assert any(line.startswith("FAIL") for line in out)
+        assert [row["model"] for row in result["rows"]][0] == "unigram" and len(result["rows"]) == 2
+    assert (tmp_path / "demo" / "lstm" / "report.html").exists()
