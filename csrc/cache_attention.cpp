@@ -41,18 +41,14 @@ constexpr int64_t kStrip = 6;  // 12 of 16
 
 constexpr int64_t kFlush = 256;  // panels after which the float32 lanes go to doubles, however wide the window
 
-struct Buffer {
-  char* p;
-  explicit Buffer(int64_t bytes) : p(static_cast<char*>(::operator new(bytes, std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(p, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-
 template <typename T>
-struct Array : Buffer {
-  explicit Array(int64_t count) : Buffer(count * int64_t(sizeof(T))) {}
-  T& operator[](int64_t i) { return reinterpret_cast<T*>(p)[i]; }
+struct Array {
+  T* p;
+  explicit Array(int64_t count) : p(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)))) {}
+  ~Array() { ::operator delete(p, std::align_val_t(64)); }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  T& operator[](int64_t i) { return p[i]; }
 };
 
 // Sums of exp(theta (score - top)), one per theta: of a row's present band in lanes, of its finished bands in doubles.
@@ -161,12 +157,6 @@ void pack(const CacheAttentionArgs& a, int64_t first, int64_t count, int64_t acr
   }
 }
 
-struct Block {
-  int64_t first, count;   // rows of the work item, numbered in the stream: memory, then hidden
-  int64_t oldest[kRows];  // first key that a row sees
-  int64_t band[kRows];    // band that a row is in
-};
-
 template <typename T>
 struct Walk {
   const CacheAttentionArgs& a;
@@ -174,7 +164,9 @@ struct Walk {
   Array<float> panels, queries, theta;
   Array<int32_t> panel_ids;
   Sums norm, mass;
-  Block block;
+  int64_t first_row, count;  // of the work item at hand; rows are numbered like keys: memory first
+  int64_t oldest[kRows];     // first key that a row sees
+  int64_t band[kRows];       // band that a row is in
 
   explicit Walk(const CacheAttentionArgs& args)
       : a(args),
@@ -196,76 +188,78 @@ struct Walk {
     for (int64_t i = 0; i < kCols; ++i) panel_ids[slot * kCols + i] = i < count ? a.ids[first + i] : 0;
   }
 
-  void start_block(int64_t first_row) {
-    block.first = a.past + first_row;
-    block.count = lesser(kRows, a.rows - first_row);
-    for (int64_t i = 0; i < block.count; ++i) {
-      const int64_t t = first_row + i, far = greater(a.past + t - widest, 0);
-      const int64_t start = a.start == nullptr ? -a.past : lesser(greater(a.start[t], -a.past), t);
-      block.oldest[i] = greater(far, a.past + start);
-      block.band[i] = a.windows - 1;
+  void start(int64_t item) {
+    first_row = a.past + item * kRows;
+    count = lesser(kRows, keys - first_row);
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t t = first_row + row;
+      oldest[row] = greater(t - widest, 0);
+      if (a.start != nullptr) {
+        const int64_t start = lesser(greater(a.start[t - a.past], -a.past), a.rows);
+        oldest[row] = greater(oldest[row], a.past + start);
+      }
+      band[row] = a.windows - 1;
     }
-    for (int64_t i = 0; i < block.count; i += kStrip)
-      pack<T>(a, block.first + i, lesser(kStrip, block.count - i), kStrip, &queries[i * a.width]);
+    for (int64_t row = 0; row < count; row += kStrip)
+      pack<T>(a, first_row + row, lesser(kStrip, count - row), kStrip, &queries[row * a.width]);
     norm.clear();
     mass.clear();
   }
 
   // Takes in a row's scores with one panel, a band at a time.
   void reduce(int64_t row, int64_t panel, vec s0, vec s1) {
-    const int64_t t = block.first + row, left = panel * kCols, stop = lesser(left + kCols, t);
+    const int64_t t = first_row + row, left = panel * kCols, stop = lesser(left + kCols, t);
     const int32_t* ids = &panel_ids[panel % ring * kCols];
     s0 = select(s0 == s0, s0, splat(INFINITY));  // a NaN must not lose against any maximum; it comes back as inf - inf
     s1 = select(s1 == s1, s1, splat(INFINITY));
-    for (int64_t first = greater(left, block.oldest[row]); first < stop;) {
-      int64_t& band = block.band[row];
-      for (; band > 0 && a.window[band - 1] >= t - first; --band) finish(row);
-      const int64_t end = band > 0 ? lesser(stop, t - a.window[band - 1]) : stop;
+    for (int64_t first = greater(left, oldest[row]); first < stop;) {
+      for (; band[row] > 0 && a.window[band[row] - 1] >= t - first; --band[row]) flush(row);
+      const int64_t end = band[row] > 0 ? lesser(stop, t - a.window[band[row] - 1]) : stop;
       const ivec lane0 = lane_index() + isplat(int32_t(left - first)), lane1 = lane0 + int32_t(kWidth);
-      const ivec count = isplat(int32_t(end - first)), id = isplat(a.ids[t]);
-      const ivec m0 = (lane0 >= 0) & (lane0 < count), m1 = (lane1 >= 0) & (lane1 < count);
+      const ivec length = isplat(int32_t(end - first)), id = isplat(a.ids[t]);
+      const ivec m0 = (lane0 >= 0) & (lane0 < length), m1 = (lane1 >= 0) & (lane1 < length);
       norm.add(row, &theta[0], s0, s1, m0, m1);
       mass.add(row, &theta[0], s0, s1, m0 & (load_ids(ids) == id), m1 & (load_ids(ids + kWidth) == id));
       first = end;
     }
   }
 
+  void flush(int64_t row) {
+    norm.flush(row, band[row]);
+    mass.flush(row, band[row]);
+  }
+
+  bool seen(int64_t begin, int64_t end, int64_t panel) const {
+    for (int64_t row = begin; row < end; ++row)
+      if (oldest[row] < (panel + 1) * kCols && panel * kCols < first_row + row) return true;
+    return false;
+  }
+
   void run(int64_t begin, int64_t end) {
     int64_t packed = -1;  // last panel in the ring
     for (int64_t item = begin; item < end; ++item) {
-      start_block(item * kRows);
-      const int64_t first_panel = greater(block.first - widest, 0) / kCols;
-      const int64_t end_panel = (block.first + block.count - 1 + kCols - 1) / kCols;
-      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+      start(item);
+      const int64_t first_panel = greater(first_row - widest, 0) / kCols;
+      const int64_t last_panel = (first_row + count - 2) / kCols;  // the last row does not see itself
+      for (int64_t panel = first_panel; panel <= last_panel; ++panel) {
         if (panel > packed) pack_panel(packed = panel);
-        const float* keys_of_panel = &panels[panel % ring * kCols * a.width];
-        for (int64_t strip = 0; strip < block.count; strip += kStrip) {
-          const int64_t last = lesser(strip + kStrip, block.count);
-          if (!seen(strip, last, panel)) continue;
-          vec acc[kStrip][2];
-          multiply(&queries[strip * a.width], keys_of_panel, a.width, acc);
-          for (int64_t row = strip; row < last; ++row) reduce(row, panel, acc[row - strip][0], acc[row - strip][1]);
+        for (int64_t strip = 0; strip < count; strip += kStrip) {
+          const int64_t strip_end = lesser(strip + kStrip, count);
+          if (!seen(strip, strip_end, panel)) continue;
+          vec scores[kStrip][2];
+          multiply(&queries[strip * a.width], &panels[panel % ring * kCols * a.width], a.width, scores);
+          for (int64_t row = strip; row < strip_end; ++row)
+            reduce(row, panel, scores[row - strip][0], scores[row - strip][1]);
         }
         if ((panel - first_panel) % kFlush == kFlush - 1)
-          for (int64_t row = 0; row < block.count; ++row) finish(row);
+          for (int64_t row = 0; row < count; ++row) flush(row);
       }
-      for (int64_t row = 0; row < block.count; ++row) {
-        finish(row);
-        norm.write(row, block.first + row - a.past, a.log_norm);
-        mass.write(row, block.first + row - a.past, a.log_mass);
+      for (int64_t row = 0; row < count; ++row) {
+        flush(row);
+        norm.write(row, first_row + row - a.past, a.log_norm);
+        mass.write(row, first_row + row - a.past, a.log_mass);
       }
     }
-  }
-
-  void finish(int64_t row) {
-    norm.flush(row, block.band[row]);
-    mass.flush(row, block.band[row]);
-  }
-
-  bool seen(int64_t first, int64_t last, int64_t panel) const {
-    for (int64_t row = first; row < last; ++row)
-      if (block.oldest[row] < (panel + 1) * kCols && panel * kCols < block.first + row) return true;
-    return false;
   }
 };
 

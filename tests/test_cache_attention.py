@@ -4,6 +4,8 @@ import importlib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastlm import testing
 from fastlm.ops import cache_attention
@@ -91,6 +93,25 @@ def test_values(run, impl, dtype, shape, bounded):
     exact = cache_attention(hidden.double(), next_ids, memory=exact_memory, impl="reference", **options)
     plain = cache_attention(hidden, next_ids, memory=memory, impl="reference", **options)
     assert_accurate(run(impl, hidden, next_ids, memory=memory, **options), plain, exact)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.tuples(st.integers(0, 130), st.integers(0, 70), st.integers(0, 20)),
+    st.lists(st.integers(1, 150), min_size=1, max_size=5),
+    st.booleans(),
+)
+def test_any_shape(shape, windows, bounded):
+    rows, past, width = shape
+    torch.manual_seed(sum(shape))
+    hidden, next_ids = stream(rows, width, 5)
+    memory, memory_ids = stream(past, width, 5)
+    options = dict(theta=[0.2, 0.9], window=windows)
+    options["start"] = torch.randint(-past - 3, rows + 3, (rows,)) if bounded else None
+    exact_memory = (memory.double(), memory_ids)
+    exact = cache_attention(hidden.double(), next_ids, memory=exact_memory, impl="reference", **options)
+    plain = cache_attention(hidden, next_ids, memory=(memory, memory_ids), impl="reference", **options)
+    assert_accurate(cache_attention(hidden, next_ids, memory=(memory, memory_ids), **options), plain, exact)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

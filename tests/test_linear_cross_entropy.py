@@ -6,6 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastlm import testing
 from fastlm.ops import linear_cross_entropy
@@ -71,6 +73,24 @@ def test_values_and_gradients(loss_of, dtype, shape):
     input, weight, bias, target = layer(*shape, dtype)
     assert_accurate(loss_of, input, weight, target, bias)
     assert_accurate(loss_of, input, weight, target, None, torch.tensor(-3.0), **ALL_OPTIONS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.integers(0, 40), st.integers(1, 70), st.integers(0, 9)),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.sampled_from([0.0, 0.2, 1.0]),
+    st.booleans(),
+)
+def test_any_shape(shape, reduction, smoothing, with_bias):
+    torch.manual_seed(sum(shape))
+    input, weight, bias, target = layer(*shape)
+    upstream = torch.randn(shape[0]) if reduction == "none" else torch.randn(())
+    target[::3] = -100
+    if reduction == "mean" and not (target >= 0).any():
+        return  # NaN, which has a test of its own
+    options = dict(reduction=reduction, label_smoothing=smoothing)
+    assert_accurate(linear_cross_entropy, input, weight, target, bias if with_bias else None, upstream, **options)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
@@ -300,6 +320,18 @@ def test_compile_and_transforms(reduction):
         expected = torch.func.grad(loss_of, argnums=(0, 1, 2))(*tensors, target)
         for x, e in zip(tensors, expected, strict=True):
             testing.assert_close("gradient", x.grad, e.detach().double(), 1e-6)
+
+
+def test_export():
+    class Loss(torch.nn.Module):
+        def forward(self, input, weight, target):
+            return linear_cross_entropy(input, weight, target, ignore_index=2)
+
+    tensors = [x.detach() for x in layer(7, 9, 4)]
+    exported = torch.export.export(Loss(), (tensors[0], tensors[1], tensors[3]))
+    for _ in range(2):
+        input, weight, _, target = (x.detach() for x in layer(7, 9, 4))
+        assert torch.equal(exported.module()(input, weight, target), Loss()(input, weight, target))
 
 
 def test_operators_are_well_registered():
