@@ -269,11 +269,12 @@ def test_compile():
             assert torch.equal(a, b)
 
 
-def test_autocast_does_not_touch_the_scores():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_does_not_touch_the_scores(run, impl):
     hidden, next_ids = stream(50, 9, 3)
-    expected = cache_attention(hidden, next_ids, theta=1.0, window=20)
+    expected = run(impl, hidden, next_ids, theta=1.0, window=20)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = cache_attention(hidden, next_ids, theta=1.0, window=20)
+        result = run(impl, hidden, next_ids, theta=1.0, window=20)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
