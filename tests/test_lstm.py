@@ -143,6 +143,14 @@ def test_one_call_equals_any_split(impl, dtype, reverse):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_state_is_not_rounded(impl, dtype):
+    args = [a.detach() for a in arguments((9, 3, 4, 6), dtype, state=torch.float32)]
+    _, _, c = lstm(*args, impl=impl)
+    testing.assert_close("c_n", c, reference(*[a.double() for a in args])[2], 1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_strided_inputs_and_expanded_gradients(impl):
     args = arguments((5, 3, 4, 6), torch.float32)
     views = [testing.strided(a) for a in args]
@@ -187,6 +195,8 @@ def test_compiles_without_a_break(reverse):
         torch.testing.assert_close(actual, expected)
         for a, e in zip(torch.autograd.grad(actual, args), torch.autograd.grad(expected, args), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    zeros = torch.zeros(2, 5)  # one tensor for both states
+    torch.testing.assert_close(compiled(args[0], zeros, zeros, *args[3:]), loss(args[0], zeros, zeros, *args[3:]))
 
 
 def test_second_derivative_of_the_compiled_layer_raises():
