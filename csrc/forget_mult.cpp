@@ -1,6 +1,5 @@
-// ForgetMult on the CPU: h_t = h_{t-1} + f_t (x_t - h_{t-1}) and its adjoint
-// over [T, B, H]. A work item walks a run of channels of one batch row through
-// time, its running state in the first-level cache: one pass over memory.
+// ForgetMult on the CPU: h_t = h_{t-1} + f_t (x_t - h_{t-1}) and its adjoint over [T, B, H]. A work item walks a run of
+// channels of one batch row through time, its running state in the first-level cache: one pass over memory.
 #include "channels.h"
 
 namespace fastlm {
@@ -113,7 +112,7 @@ ForgetMultArgs arguments(const Tensor& f, const Tensor& x, const std::optional<T
 
 void launch(void (*kernel)(const ForgetMultArgs&, int64_t, int64_t), const ForgetMultArgs& args) {
   const Channels& channels = args.channels;
-  const int64_t grain = 1 + 16384 / (channels.run * (args.steps + 1));  // items worth a thread
+  const int64_t grain = 1 + 32768 / (channels.run * (args.steps + 1));  // items worth a thread
   torch::stable::parallel_for(0, channels.batch * channels.runs, grain,
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }

@@ -1,22 +1,18 @@
-// QRNN pooling on the CPU: from pre-activations [T, B, kH] to h [T, B, H], and
-// the adjoint. A work item walks a run of channels of one batch row through
-// time, its state in the first-level cache: one pass over memory. The backward
-// pass goes through time in chunks of kEvery steps from the back and recomputes
-// each from the state kept before it.
+// QRNN pooling on the CPU: from pre-activations [T, B, kH] to h [T, B, H], and the adjoint. A work item walks a run of
+// channels of one batch row through time, its state in the first-level cache: one pass over memory. The backward pass
+// goes through time in chunks of kEvery steps from the back and recomputes each from the state kept before it.
 #include "channels.h"
 
 namespace fastlm {
 
-constexpr int64_t kEvery = 8;  // steps from one kept state to the next;
-                               // fastlm/ops/qrnn_pool.py has the same
+constexpr int64_t kEvery = 8;  // steps from one kept state to the next; fastlm/ops/qrnn_pool.py has the same
 
 struct QrnnPoolArgs {
   const void *gates, *c0;  // c0 null: zeros
   const void *dh, *dc_n;   // backward only, null: zeros
   void *h, *c_n;           // forward only
   void* dgates;            // backward only
-  float *kept, *dc0;       // kept: written forward unless null, read backward; dc0
-                           // backward only
+  float *kept, *dc0;       // kept: written forward unless null, read backward; dc0: backward only
   int64_t steps;
   Channels channels;
   uint64_t seed;
@@ -222,7 +218,7 @@ QrnnPoolArgs arguments(const Tensor& gates, const std::optional<Tensor>& seed, c
 
 void launch(void (*kernel)(const QrnnPoolArgs&, int64_t, int64_t), const QrnnPoolArgs& args) {
   const Channels& channels = args.channels;
-  const int64_t grain = 1 + 4096 / (channels.run * (args.steps + 1));  // items worth a thread
+  const int64_t grain = 1 + 16384 / (channels.run * (args.steps + 1));  // items worth a thread
   torch::stable::parallel_for(0, channels.batch * channels.runs, grain,
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
@@ -273,7 +269,7 @@ std::tuple<Tensor, Tensor> bwd(const std::optional<Tensor>& dh_, const std::opti
   args.dc_n = data(dc_n);
   if (dc_n.has_value()) args.state = dtype_of(*dc_n, "dc_n");
   args.dgates = dgates.mutable_data_ptr();
-  args.kept = static_cast<float*>(kept.mutable_data_ptr());
+  args.kept = static_cast<float*>(const_cast<void*>(kept.const_data_ptr()));  // read only in this direction
   args.dc0 = static_cast<float*>(dc0.mutable_data_ptr());
   launch(qrnn_pool_bwd_kernel, args);
   return {dgates, dc0};

@@ -80,7 +80,11 @@ def _forward(gates, c0, seed, pooling, zoneout, reverse, keep):
     c = states[1:].flip(0) if reverse else states[1:]
     h = c.clone() if o is None else o * c
     kept = states[:-1:EVERY] if keep else states[:0]
-    return h.to(gates.dtype), states[-1].to((gates if c0 is None else c0).dtype, copy=True), kept.clone()
+    return (
+        h.to(gates.dtype),
+        states[-1].to((gates if c0 is None else c0).dtype, copy=True),
+        kept.clone(memory_format=torch.contiguous_format),
+    )
 
 
 def _adjoint(dh, dc_n, gates, kept, seed, pooling, zoneout, reverse):
