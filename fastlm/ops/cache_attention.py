@@ -45,8 +45,8 @@ def reference(hidden, next_ids, memory, memory_ids, start, theta, window):
         oldest = -past if start is None else max(-past, int(start[t]))
         for j, width in enumerate(window):
             seen = slice(max(t - width, oldest) + past, t + past)
-            likeness = (keys[seen] * keys[t + past]).sum(1)  # a product that autocast leaves alone
-            scores = thetas[:, None] * likeness  # [n_thetas, pairs]
+            with torch.autocast(hidden.device.type, enabled=False):
+                scores = thetas[:, None] * (keys[seen] @ keys[t + past])  # [n_thetas, pairs]
             other = ids[seen] != ids[t + past]
             log_norm[j, :, t] = scores.logsumexp(1)
             log_mass[j, :, t] = scores.masked_fill(other, float("-inf")).logsumexp(1)
