@@ -108,9 +108,9 @@ def test_sizes():
     lines = {relative(path): len(path.read_text().splitlines()) for path in files}
     too_long = {name: count for name, count in lines.items() if count > limits.get(name, 500)}
     assert not too_long, "past 500 lines a file holds two ideas"
-    for name, count in sorted(lines.items()):
-        if count > 300:
-            warnings.warn(f"{name} has {count} lines; a file should seldom have more than 300", stacklevel=1)
+    long = [f"{name} ({count})" for name, count in sorted(lines.items()) if count > 300]
+    if long:
+        warnings.warn(f"a file should seldom have more than 300 lines: {', '.join(long)}", stacklevel=1)
 
 
 @pytest.mark.parametrize("path", package_files(), ids=relative)
