@@ -125,33 +125,25 @@ class LSTM(torch.nn.Module):
             # [T, I] is a batch of one, wherever the batch dimension stands
             x = input.unsqueeze(1)
             hx = None if hx is None else tuple(s.unsqueeze(1) for s in hx)
-            y, state = self._stack(x, hx, x.size(1), self._dense)
+            y, state = self._stack(x, hx, x.size(1))
             return y.squeeze(1), tuple(s.squeeze(1) for s in state)
         if input.dim() != 3:
             raise ValueError(f"input must have 2 or 3 dimensions, got {input.dim()}")
         x = input.transpose(0, 1) if self.batch_first else input
-        y, state = self._stack(x, hx, x.size(1), self._dense)
+        y, state = self._stack(x, hx, x.size(1))
         return (y.transpose(0, 1) if self.batch_first else y), state
 
     def _forward_packed(self, input, hx):
         sizes = input.batch_sizes.tolist()
         if hx is not None and input.sorted_indices is not None:
             hx = tuple(s.index_select(1, input.sorted_indices) for s in hx)
-
-        def run(cell, x, h, c, reverse):
-            return _packed(cell, x, sizes, h, c, reverse)
-
-        y, state = self._stack(input.data, hx, sizes[0], run)
+        y, state = self._stack(input.data, hx, sizes[0], sizes)
         if input.unsorted_indices is not None:
             state = tuple(s.index_select(1, input.unsorted_indices) for s in state)
         return PackedSequence(y, input.batch_sizes, input.sorted_indices, input.unsorted_indices), state
 
-    @staticmethod
-    def _dense(cell, x, h, c, reverse):
-        return cell(x, h, c, reverse=reverse)
-
-    def _stack(self, x, hx, batch, run):
-        """All layers over `x`; `run(cell, x, h, c, reverse)` takes one cell over the sequence."""
+    def _stack(self, x, hx, batch, sizes=None):
+        """All layers over `x`, `[T, B, I]` or packed rows `[rows, I]` with the batch size of each step."""
         if x.size(-1) != self.input_size:
             raise ValueError(f"input must have {self.input_size} features (input_size), got {x.size(-1)}")
         cells = self.num_layers * self._directions
@@ -162,7 +154,11 @@ class LSTM(torch.nn.Module):
         h0, c0 = (s.unbind(0) for s in hx)
         h_n, c_n, outputs = [], [], []
         for index, (layer, suffix) in enumerate(self._cells()):
-            y, h, c = run(self._cell(layer, suffix), x, h0[index], c0[index], suffix == "_reverse")
+            cell = self._cell(layer, suffix)
+            if sizes is None:
+                y, h, c = cell(x, h0[index], c0[index])
+            else:
+                y, h, c = _packed(cell, x, sizes, h0[index], c0[index], reverse=suffix == "_reverse")
             outputs.append(y)
             h_n.append(h)
             c_n.append(c)
@@ -181,7 +177,8 @@ class LSTM(torch.nn.Module):
         p = self.weight_dropout if self.training else 0.0
         seed = philox.draw_seed(w_hh.device) if p else None
 
-        def cell(x, h, c, reverse):
+        def cell(x, h, c):
+            reverse = suffix == "_reverse"
             return ops.lstm(x, h, c, w_ih, w_hh, b_ih, b_hh, weight_dropout=p, seed=seed, reverse=reverse)
 
         return cell
@@ -207,7 +204,7 @@ def _packed(cell, data, sizes, h0, c0, reverse):
         elif size < held:
             ended.append((h[size:], c[size:]))
             h, c = h[:size], c[:size]
-        y, h, c = cell(chunk, h, c, reverse=reverse)
+        y, h, c = cell(chunk, h, c)
         outputs.append(y.flatten(0, 1))
     h, c = (torch.cat(rows) for rows in zip((h, c), *reversed(ended), strict=True))
     return torch.cat(outputs[::-1] if reverse else outputs), h, c
