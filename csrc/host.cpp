@@ -39,8 +39,8 @@ uint64_t load8(const char* p) {
 
 bool is_space(uint32_t c) {
   if (c < 0x80) return c == ' ' || (c >= 0x09 && c <= 0x0D) || (c >= 0x1C && c <= 0x1F);
-  return c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 ||
-         c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+  return c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 ||
+         c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
 struct InvalidUtf8 {
@@ -315,8 +315,7 @@ py::tuple encode(const py::buffer& data, size_t threads, bool characters) {
     });
   }
   py::list words(table.words.size());
-  for (size_t i = 0; i < table.words.size(); ++i)
-    words[i] = py::str(table.words[i].data(), table.words[i].size());
+  for (size_t i = 0; i < table.words.size(); ++i) words[i] = py::str(table.words[i].data(), table.words[i].size());
   return py::make_tuple(words, ids);
 }
 
@@ -333,8 +332,7 @@ py::dict cpu_features() {
   __get_cpuid_count(7, 1, &a71, &b, &unused, &d);
   unsigned saved = 0;
   if (c >> 27 & 1) asm volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
-  const bool ymm = (saved & 0x06) == 0x06, zmm = ymm && (saved & 0xE0) == 0xE0,
-             tiles = (saved >> 17 & 3) == 3;
+  const bool ymm = (saved & 0x06) == 0x06, zmm = ymm && (saved & 0xE0) == 0xE0, tiles = (saved >> 17 & 3) == 3;
   const auto set = [&](const char* name, bool usable, unsigned word, int bit) {
     const bool present = usable && (word >> bit & 1) != 0;
     features[name] = present;
@@ -343,8 +341,8 @@ py::dict cpu_features() {
   const bool avx = set("avx", ymm, c, 28);
   const bool avx2 = set("avx2", ymm, b7, 5) & set("fma", ymm, c, 12) & set("f16c", ymm, c, 29);
   set("avx_vnni", ymm, a71, 4);
-  const bool avx512 = set("avx512f", zmm, b7, 16) & set("avx512dq", zmm, b7, 17) &
-                      set("avx512bw", zmm, b7, 30) & set("avx512vl", zmm, b7, 31);
+  const bool avx512 = set("avx512f", zmm, b7, 16) & set("avx512dq", zmm, b7, 17) & set("avx512bw", zmm, b7, 30) &
+                      set("avx512vl", zmm, b7, 31);
   set("avx512_vnni", zmm, c7, 11);
   set("avx512_fp16", zmm, d7, 23);
   const bool bf16 = set("avx512_bf16", zmm, a71, 5);
