@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FastlmError, OSError) as e:
         print(f"fastlm: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    if args.json:
+    if args.json and result is not None:
         print(json.dumps(result))
     return status
 

@@ -17,13 +17,14 @@ from fastlm.training.caching import cache_run
 from fastlm.training.evaluate import Evaluation
 from fastlm.training.evaluate import evaluate as score
 from fastlm.training.generate import generate as sample
+from fastlm.training.parallel import join
 from fastlm.training.progress import Progress, say
 from fastlm.training.recipe import finetune_recipe, load_recipe, override, parse_override
 from fastlm.training.report import write_report
 from fastlm.training.run import read_json, read_run, run_cache, run_corpus, run_model, run_vocabulary
 from fastlm.training.trainer import Interrupted, Trainer
 
-Result = tuple[int, dict[str, Any]]
+Result = tuple[int, dict[str, Any] | None]  # None from the ranks that print nothing
 INTERRUPTED = 130
 
 
@@ -40,8 +41,9 @@ def train(args: Namespace) -> Result:
         corpus = load_corpus(source, level=recipe.level, compat=recipe.compat or None)
     else:
         raise FastlmError("train needs --data and --recipe, or --resume to go on with a run")
-    trainer = Trainer(args.out, recipe, corpus, source=source, device=_device(args), resume=args.resume)
-    return _fit(trainer, f"fastlm train --out {shlex.quote(args.out)} --resume")
+    with join(_device(args)) as (ranks, device):
+        trainer = Trainer(args.out, recipe, corpus, source=source, device=device, resume=args.resume, ranks=ranks)
+        return _fit(trainer, f"fastlm train --out {shlex.quote(args.out)} --resume")
 
 
 def finetune(args: Namespace) -> Result:
@@ -52,8 +54,11 @@ def finetune(args: Namespace) -> Result:
     recipe = override(read_run(folder).recipe, settings) if args.resume else finetune_recipe(config.recipe, settings)
     source = _source(args.data) or config.source
     corpus, start = run_corpus(config, source), None if args.resume else run_dir / "checkpoints" / "best"
-    trainer = Trainer(folder, recipe, corpus, source=source, device=_device(args), resume=args.resume, start=start)
-    return _fit(trainer, f"fastlm finetune --run {shlex.quote(args.run)} --resume")
+    with join(_device(args)) as (ranks, device):
+        options = {"source": source, "device": device, "resume": args.resume, "start": start, "ranks": ranks}
+        return _fit(
+            Trainer(folder, recipe, corpus, **options), f"fastlm finetune --run {shlex.quote(args.run)} --resume"
+        )
 
 
 def evaluate(args: Namespace) -> Result:
@@ -131,7 +136,9 @@ def _fit(trainer: Trainer, again: str) -> Result:
         test = trainer.fit()
     except Interrupted as e:
         say(f"{e}; go on with: {again}")
-        return INTERRUPTED, {"run": str(trainer.run_dir), "interrupted": True}
+        return INTERRUPTED, {"run": str(trainer.run_dir), "interrupted": True} if trainer.ranks.first else None
+    if not trainer.ranks.first:
+        return 0, None
     write_report(trainer.run_dir)
     print(_line("valid", trainer.best, trainer.recipe.level))
     print(_line("test", test, trainer.recipe.level))

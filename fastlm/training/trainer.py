@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastlm.data import BPTTLoader, Corpus, batchify
-from fastlm.errors import FastlmError
+from fastlm.errors import CheckpointError, FastlmError
 from fastlm.models import LanguageModel, detach_state, map_state
 from fastlm.optim import NTASGD, NonMonotone
 from fastlm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastlm.training.evaluate import Evaluation, evaluate
 from fastlm.training.metrics import MetricsFile, Sums
+from fastlm.training.parallel import Ranks
 from fastlm.training.progress import Progress, duration, say
 from fastlm.training.recipe import Recipe
 from fastlm.training.run import RunConfig, check_same_run, create_run, read_run, write_config, write_json
@@ -44,9 +46,12 @@ class Trainer:
         device: where to train.
         resume: go on with the run that is in the folder, instead of starting one there.
         start: a checkpoint whose weights to start from and whose validation loss to better.
+        ranks: the processes that train it together (see `fastlm.training.parallel`). Their masks are independent: the
+            generators of the others are seeded with the seed of the recipe plus their rank.
 
     Raises:
         FastlmError: there is a run in the folder already, or, with `resume`, none that could be gone on with.
+        RecipeError: the ranks have different recipes or texts, or cannot share the batch evenly.
     """
 
     def __init__(
@@ -59,9 +64,12 @@ class Trainer:
         device: str | torch.device = "cpu",
         resume: bool = False,
         start: str | Path | None = None,
+        ranks: Ranks | None = None,
     ):
         self.run_dir, self.recipe, self.corpus = Path(run_dir), recipe, corpus
-        self.device = torch.device(device)
+        self.device, self.ranks = torch.device(device), ranks or Ranks()
+        self.ranks.check_same(recipe=recipe, text=corpus.digest)
+        self._columns = self.ranks.columns(recipe.batch_size)
         for split, columns in [("valid", recipe.eval_batch_size), ("test", recipe.test_batch_size)]:
             batchify(getattr(corpus, split), columns)  # too short a text is an error now, not after an epoch
         self.loader = BPTTLoader(
@@ -69,6 +77,8 @@ class Trainer:
         )
         torch.manual_seed(recipe.seed)
         self.model = LanguageModel(recipe.model_config(len(corpus.vocabulary))).to(self.device)
+        if not self.ranks.first:
+            torch.manual_seed(recipe.seed + self.ranks.rank)
         self.optimizer = _optimizer(recipe, self.model)
         self.stopper = NonMonotone(recipe.nonmono) if recipe.optimizer == "asgd" else None
 
@@ -80,15 +90,17 @@ class Trainer:
         self._interval, self._epoch = Sums(self.device), Sums(self.device)
 
         self._stop = StopRequest()
-        self._metrics = MetricsFile(self.run_dir / "metrics.jsonl")
+        self._metrics = MetricsFile(self.run_dir / "metrics.jsonl" if self.ranks.first else Path(os.devnull))
         self._checkpoints = self.run_dir / "checkpoints"
         config = RunConfig(recipe, source or corpus.name, corpus.digest, len(corpus.vocabulary))
         if resume:
             check_same_run(read_run(self.run_dir), config)
             self._load()
-            write_config(self.run_dir, config)
+            if self.ranks.first:
+                write_config(self.run_dir, config)
         else:
-            create_run(self.run_dir, config, corpus.vocabulary)
+            if self.ranks.first:
+                create_run(self.run_dir, config, corpus.vocabulary)
             if start is not None:
                 weights, state = load_checkpoint(start)
                 load_weights(self.model, weights, start)
@@ -118,6 +130,8 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        # Copied, so that a state that is the end of a long tensor does not bring all of it to the other ranks.
+        hidden = self.hidden and map_state(lambda t: t.cpu().clone(), self.hidden)
         state = {
             **{name: getattr(self, name) for name in _COUNTERS},
             "best": self.best and asdict(self.best),
@@ -127,16 +141,21 @@ class Trainer:
             "stopper": self.stopper and self.stopper.log,
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
-            "hidden": self.hidden,
-            "rng": rng,
+            "ranks": self.ranks.gather({"hidden": hidden, "rng": rng}),
         }
-        save_checkpoint(self._checkpoints / "last", self.model.state_dict(), state)
-        self._saved_at = time.perf_counter()
+        if self.ranks.first:
+            save_checkpoint(self._checkpoints / "last", self.model.state_dict(), state)
+        self.ranks.gather(None)  # torchrun ends all ranks when one has left, which must not be before it is written
+        self._saved_at = self.seconds
 
     def _load(self) -> None:
         path = self._checkpoints / "last"
         weights, state = load_checkpoint(path)
         load_weights(self.model, weights, path)
+        if len(state["ranks"]) != self.ranks.size:
+            before = len(state["ranks"])
+            raise CheckpointError(f"{path} is of {before} ranks and cannot go on with {self.ranks.size}")
+        own = state["ranks"][self.ranks.rank]
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.best = state["best"] and Evaluation(**state["best"])
@@ -146,15 +165,15 @@ class Trainer:
             self.stopper.log = state["stopper"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.loader.load_state_dict(state["loader"])
-        if state["hidden"] is not None:
-            saved = iter([tensor.to(self.device) for layer in state["hidden"] for tensor in layer])
+        if own["hidden"] is not None:
+            saved = iter([tensor.to(self.device) for layer in own["hidden"] for tensor in layer])
             self.hidden = map_state(lambda _: next(saved), self.model.init_state(self.recipe.batch_size))
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        torch.set_rng_state(own["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in own["rng"]:
+            torch.cuda.set_rng_state(own["rng"]["cuda"], self.device)
         # Lines written after the checkpoint belong to steps that will be made again.
         self._metrics.truncate(state["metrics_bytes"])
-        self._saved_at = time.perf_counter()
+        self._saved_at = self.seconds
 
     def _train_epoch(self) -> None:
         self.model.train()
@@ -162,17 +181,19 @@ class Trainer:
         with Progress(f"epoch {self.epoch + 1}", total, self._epoch.tokens) as progress:
             before = time.perf_counter()
             for inputs, targets, lr_scale in self.loader:
-                nll = self._train_step(inputs.to(self.device), targets.to(self.device), lr_scale)
+                own = [ids[:, self._columns].to(self.device) for ids in (inputs, targets)]
+                nll = self._train_step(*own, lr_scale)
                 now = time.perf_counter()
-                self._count(nll, targets.numel(), now - before)
+                stop, seconds = self.ranks.agree(bool(self._stop), now - before)
+                self._count(nll, targets.numel(), seconds)
                 before = now
                 progress.advance(targets.numel())
                 if self.step % self.recipe.log_interval == 0:
                     self._log_interval(progress)
-                self._obey()
+                self._obey(stop)
                 if self._out_of_time():
                     return
-                if now - self._saved_at > self.recipe.save_interval:
+                if self.seconds - self._saved_at > self.recipe.save_interval:
                     self.save()
                     before = time.perf_counter()
         self.epoch_done = True
@@ -183,6 +204,7 @@ class Trainer:
             self.hidden = self.model.init_state(inputs.shape[1])
         out = self.model.loss(inputs, targets, self.hidden)
         out.loss.backward()
+        self.ranks.average([*(p.grad for p in self.model.parameters()), out.nll])
         if self.recipe.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
         for group in self.optimizer.param_groups:
@@ -259,17 +281,23 @@ class Trainer:
             "valid": Evaluation(**state["valid"]).to_dict(),
             "test": test.to_dict(),
         }
-        write_json(self.run_dir / "results.json", results)
+        if self.ranks.first:
+            write_json(self.run_dir / "results.json", results)
         return test
 
     def _evaluate(self, label: str, ids: Tensor, columns: int) -> Evaluation:
-        with Progress(label, len(ids)) as progress:
+        result = None
+        if self.ranks.first:
+            with Progress(label, len(ids)) as progress, suppress(Interrupted):
 
-            def on_window(tokens: int) -> None:
-                progress.advance(tokens)
-                self._obey()
+                def on_window(tokens: int) -> None:
+                    progress.advance(tokens)
+                    self._obey(bool(self._stop))
 
-            return evaluate(self.model, ids, columns, self.recipe.bptt, self.recipe.compat or None, on_window)
+                result = evaluate(self.model, ids, columns, self.recipe.bptt, self.recipe.compat or None, on_window)
+        result = self.ranks.gather(result)[0]
+        self._obey(result is None)
+        return result
 
     def _figures(self, sums: Sums) -> dict[str, Any]:
         where = {"step": self.step, "epoch": self.epoch + 1, "lr": self._lr(), "seconds": round(self.seconds, 3)}
@@ -278,10 +306,11 @@ class Trainer:
     def _save_best(self, valid: Evaluation) -> None:
         self.best = valid
         state = {"valid": asdict(valid), "step": self.step, "epoch": self.epoch + 1}
-        save_checkpoint(self._checkpoints / "best", self.model.state_dict(), state)
+        if self.ranks.first:
+            save_checkpoint(self._checkpoints / "best", self.model.state_dict(), state)
 
-    def _obey(self) -> None:
-        if self._stop:
+    def _obey(self, stop: bool) -> None:
+        if stop:
             raise Interrupted(f"stopped at step {self.step}, in epoch {self.epoch + 1}")
 
     def _average(self) -> AbstractContextManager:
