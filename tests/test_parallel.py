@@ -182,7 +182,7 @@ def torchrun(tmp_path):
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FASTLM_CACHE": cache}
         settings = {**SMALL, "log_interval": 1, **changes}
         (tmp_path / "small.toml").write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastlm.cli"]
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "fastlm.cli"]
         text = ["--data", write_text(tmp_path / "text"), "--recipe", tmp_path / "small.toml"]
         command = [sys.executable, "-m", *launcher, "train", *text, "--out", tmp_path / "run", "--json"]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
