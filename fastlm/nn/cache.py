@@ -17,7 +17,7 @@ from torch import Tensor
 from fastlm import ops
 from fastlm.ops import _checks
 
-THETAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.2)
+THETAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2)
 WINDOWS = (100, 200, 500, 1000, 2000, 4000)
 
 

@@ -119,7 +119,7 @@ def _figures(metrics, results, cache) -> str:
         parts.append(f"<table><tr><th></th><th>perplexity</th><th>nats</th><th>bits</th></tr>{cells}</table>")
     if results is not None:
         parts.append(
-            f"<p>{results['parameters']:,} parameters, {results['epochs']} epochs, {results['steps']:,} steps, "
+            f"<p>{results['parameters']:,} parameters, {results['epochs']} full epochs, {results['steps']:,} steps, "
             f"{duration(results['seconds'])} of training at {results['tokens_per_second']:,.0f} tokens/s.</p>"
         )
     if cache is not None:
