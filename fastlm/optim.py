@@ -15,7 +15,7 @@ the first iterate is left out, average_k = (x_2 + ... + x_k) / (k - 1) for k > 1
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,12 +94,17 @@ class NTASGD(torch.optim.Optimizer):
         self.averaging = True
 
     @torch.no_grad()
-    def step(self, lr_scale: float = 1.0) -> None:
+    def step(self, closure: Callable[[], Tensor] | None = None, *, lr_scale: float = 1.0) -> Tensor | None:
         """Makes one step at `lr_scale` times the learning rate of each group.
 
         Args:
+            closure: computes the gradients anew and returns the loss, which is handed back.
             lr_scale: for windows of varying length, the length over the nominal one.
         """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         scale = lr_scale
         if self.averaging and self.lag:
             scale = lr_scale if self._late_scale is None else self._late_scale
@@ -113,6 +118,7 @@ class NTASGD(torch.optim.Optimizer):
                 torch._foreach_add_(params, grads, alpha=-group["lr"] * scale)
         if self.averaging:
             self._update_average()
+        return loss
 
     def _update_average(self) -> None:
         self.averaged_steps += 1

@@ -22,7 +22,7 @@ def set_grads(params, step):
 def run(optimizer, params, steps, first=0):
     for k in range(first, first + steps):
         set_grads(params, k)
-        optimizer.step(SCALES[k % len(SCALES)])
+        optimizer.step(lr_scale=SCALES[k % len(SCALES)])
 
 
 def copies(params):
@@ -44,7 +44,7 @@ def test_sgd_phase_equals_torch_sgd():
     for k in range(6):
         set_grads(ours, k)
         set_grads(theirs, k)
-        a.step(SCALES[k])
+        a.step(lr_scale=SCALES[k])
         b.param_groups[0]["lr"] = 0.3 * SCALES[k]
         b.step()
     torch.testing.assert_close(ours, theirs)
@@ -58,7 +58,7 @@ def test_lag_reproduces_torch_asgd():
     for k in range(7):
         set_grads(ours, k)
         set_grads(theirs, k)
-        a.step(SCALES[k])
+        a.step(lr_scale=SCALES[k])
         b.param_groups[0]["lr"] = 0.3 * SCALES[k]
         b.step()
         torch.testing.assert_close(ours, theirs)
@@ -75,7 +75,7 @@ def test_rates_with_and_without_lag(lag, expected):
     for scale in [0.5, 1, 2, 1]:
         before = p.item()
         p.grad = torch.ones(1, dtype=torch.float64)
-        optimizer.step(scale)
+        optimizer.step(lr_scale=scale)
         rates.append(before - p.item())
     assert rates == expected
 
@@ -227,3 +227,20 @@ def test_state_of_another_optimiser_is_refused():
     params = parameters()
     with pytest.raises(ValueError, match="ntasgd"):
         NTASGD(params, lr=1).load_state_dict(torch.optim.SGD(params, lr=1).state_dict())
+
+
+def test_a_step_takes_a_closure_as_those_of_torch_do():
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = NTASGD([p], lr=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 5.0
+    assert p.tolist() == [0.0, 0.0]
+    optimizer.step(closure, lr_scale=0.0)
+    with pytest.raises(TypeError):
+        optimizer.step(None, 1.0)

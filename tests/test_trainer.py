@@ -204,6 +204,21 @@ def test_rate_follows_the_window_and_the_steps(tmp_path, corpus, monkeypatch):
     assert len(set(rates)) > 3
 
 
+@pytest.mark.parametrize(("compat", "used"), [("", [15, 30, 60, 30]), ("awd-lstm-lm", [15, 15, 30, 60])])
+def test_averaged_steps_under_compat_use_the_rate_of_the_window_before(tmp_path, corpus, compat, used):
+    changes = {"optimizer": "asgd", "compat": compat, "bptt": 30, "clip": 0, "weight_decay": 0, "lr": 2.0}
+    trainer = Trainer(tmp_path / "a", recipe(**changes), corpus)
+    ids = corpus.train[:244].view(61, 4)
+    rates = []
+    for length in [15, 30, 60, 30]:
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer._train_step(ids[:length], ids[1 : length + 1], length / 30)
+        moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trainer.model.parameters(), strict=True)])
+        grads = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+        rates.append((moved @ grads / (grads @ grads)).item())
+    assert rates == pytest.approx([2.0 * length / 30 for length in used], rel=1e-3)
+
+
 def test_hidden_is_carried_within_an_epoch_and_reset_between(tmp_path, corpus, monkeypatch):
     trainer = Trainer(tmp_path / "a", recipe(epochs=2), corpus)
     starts = []
@@ -225,9 +240,9 @@ def test_gradients_are_clipped(tmp_path, corpus, monkeypatch):
     norms = []
     step = trainer.optimizer.step
 
-    def spy():
+    def spy(**scale):
         norms.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item())
-        step()
+        step(**scale)
 
     monkeypatch.setattr(trainer.optimizer, "step", spy)
     trainer.fit()

@@ -207,9 +207,11 @@ class Trainer:
         self.ranks.average([*(p.grad for p in self.model.parameters()), out.nll])
         if self.recipe.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
+        # NTASGD is told the scale by itself: under compat it takes that of the window before.
+        averages = isinstance(self.optimizer, NTASGD)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr() * lr_scale
-        self.optimizer.step()
+            group["lr"] = self._lr() if averages else self._lr() * lr_scale
+        self.optimizer.step(**({"lr_scale": lr_scale} if averages else {}))
         self.hidden = detach_state(out.state)
         return out.nll
 
