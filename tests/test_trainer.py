@@ -137,6 +137,28 @@ def test_a_signal_during_validation_is_obeyed(tmp_path, corpus, monkeypatch):
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_signal_during_the_test_leaves_the_last_checkpoint_alone(tmp_path, corpus, monkeypatch):
+    settings = recipe(optimizer="asgd", nonmono=5)
+    Trainer(tmp_path / "a", settings, corpus).fit()
+    Trainer(tmp_path / "a", recipe(optimizer="asgd", nonmono=5, epochs=5), corpus, resume=True).fit()
+    trainer = Trainer(tmp_path / "b", settings, corpus)
+    last, kept = tmp_path / "b" / "checkpoints" / "last", {}
+
+    def interrupted(model, ids, *args):
+        if ids is corpus.test:
+            kept.update({f.name: f.read_bytes() for f in last.iterdir()})
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(model, ids, *args)
+
+    with monkeypatch.context() as m:
+        m.setattr(module, "evaluate", interrupted)
+        with pytest.raises(Interrupted):
+            trainer.fit()
+    assert kept == {f.name: f.read_bytes() for f in last.iterdir()}
+    Trainer(tmp_path / "b", recipe(optimizer="asgd", nonmono=5, epochs=5), corpus, resume=True).fit()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
 def test_handlers_are_restored_and_threads_may_train(tmp_path, corpus):
     before = signal.getsignal(signal.SIGINT)
     Trainer(tmp_path / "a", recipe(epochs=1), corpus).fit()

@@ -120,10 +120,11 @@ class Trainer:
                     if not self.epoch_done and not self._out_of_time():
                         self._train_epoch()
                     self._validate()
-                return self._test()
             except Interrupted:
                 self.save()
                 raise
+            # The last validation has saved, and the test puts other weights into the model: nothing is saved after it.
+            return self._test()
 
     def save(self) -> None:
         """Writes checkpoints/last: with it the run goes on to the same numbers, bit for bit on the same machine."""
