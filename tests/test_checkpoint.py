@@ -91,8 +91,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, free_bytes):
 
 
 def test_a_full_disk_on_the_first_save_leaves_nothing(tmp_path):
-    with full_disk(10), pytest.raises(CheckpointError):
+    with full_disk(10), pytest.raises(CheckpointError) as e:
         save_checkpoint(tmp_path / "last", tied_model().state_dict(), state())
+    assert "untouched" not in str(e.value)
     assert os.listdir(tmp_path) == []
 
 
@@ -141,6 +142,15 @@ def test_damage_is_one_line(tmp_path, name, damage):
     with pytest.raises(CheckpointError) as e:
         load_checkpoint(tmp_path / "last")
     assert "\n" not in str(e.value) and "last" in str(e.value)
+
+
+def test_a_value_of_the_state_that_was_changed_is_damage(tmp_path):
+    save_checkpoint(tmp_path / "last", tied_model().state_dict(), state(5))
+    file = tmp_path / "last" / "state.json"
+    assert file.read_text().count('"epoch": 5') == 1
+    file.write_text(file.read_text().replace('"epoch": 5', '"epoch": 7'))
+    with pytest.raises(CheckpointError, match="last is damaged: state.json is not what was written"):
+        load_checkpoint(tmp_path / "last")
 
 
 def test_missing_or_foreign(tmp_path):

@@ -2,7 +2,7 @@
 
     model.safetensors      the model's state dict, tied weights stored once
     optimizer.safetensors  every other tensor, if any: optimiser, average, random generators, hidden state
-    state.json             the rest, with the size and SHA-256 of the files above
+    state.json             the rest, with the size and SHA-256 of the files above and a SHA-256 of itself
 
 A checkpoint is written beside the old one, flushed to the disk and renamed into its place: whatever happens,
 one whole checkpoint is there.
@@ -37,10 +37,11 @@ def save_checkpoint(path: str | Path, weights: dict[str, Tensor], state: dict[st
         state: dictionaries and sequences of plain values and tensors. Tuples come back as lists.
 
     Raises:
-        CheckpointError: it cannot be written (a full disk, no permission); the old one is still there, whole.
+        CheckpointError: it cannot be written (a full disk, no permission); an old one is still there, whole.
     """
     path = Path(path)
     new, old = _beside(path, "new"), _beside(path, "old")
+    kept = "; the checkpoint before it is untouched" if path.exists() or old.exists() else ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)
@@ -52,7 +53,7 @@ def save_checkpoint(path: str | Path, weights: dict[str, Tensor], state: dict[st
         os.rename(new, path)
         _flush(path.parent)
     except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"cannot save {path}: {e}; the checkpoint before it is untouched") from e
+        raise CheckpointError(f"cannot save {path}: {e}{kept}") from e
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if path.exists():
@@ -74,6 +75,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         record = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not a checkpoint of this version: {_STATE} has another format")
+        if record.pop("digest", None) != _digest(record):
+            raise CheckpointError(f"{path} is damaged: {_STATE} is not what was written")
         for name, expected in record["files"].items():
             if _fingerprint(folder / name) != expected:
                 raise CheckpointError(f"{path} is damaged: {name} is not what was written")
@@ -142,7 +145,7 @@ def _write(folder: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> N
             os.fsync(f.fileno())
         files[name] = _fingerprint(folder / name)
     record = {"format": FORMAT, "files": files, "aliases": aliases, "state": plain}
-    write_file(folder / _STATE, json.dumps(record, indent=1) + "\n")
+    write_file(folder / _STATE, json.dumps({**record, "digest": _digest(record)}, indent=1) + "\n")
     _flush(folder)
 
 
@@ -181,6 +184,11 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while block := f.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """The SHA-256 of a record as JSON; reading JSON and writing it again changes nothing."""
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _flush(folder: Path) -> None:
