@@ -147,6 +147,8 @@ def _refusals(ranks, folder, corpus):
     ranks.gather(None)
     with pytest.raises(CheckpointError, match="is of 1 ranks and cannot go on with 2"):
         Trainer(folder / "alone", recipe(), corpus, ranks=ranks, resume=True)
+    with pytest.raises(FastlmError, match="holds a run already"):
+        Trainer(folder / "alone", recipe(), corpus, ranks=ranks)
     with pytest.raises(RecipeError, match="batch_size must be a multiple of the 2 ranks, got 3"):
         Trainer(folder / "b", recipe(batch_size=3), corpus, ranks=ranks)
     with pytest.raises(RecipeError, match="were not given the same recipe"):

@@ -12,7 +12,7 @@ from tiny_run import SMALL, write_text
 from fastlm.data import load_corpus
 from fastlm.errors import CheckpointError, DataError, FastlmError, RecipeError
 from fastlm.training import trainer as module
-from fastlm.training.checkpoint import load_checkpoint
+from fastlm.training.checkpoint import load_checkpoint, save_checkpoint
 from fastlm.training.evaluate import evaluate
 from fastlm.training.recipe import finetune_recipe, make_recipe
 from fastlm.training.run import read_run, run_model
@@ -327,6 +327,63 @@ def test_nothing_to_resume(tmp_path, corpus):
     (tmp_path / "b" / "checkpoints" / "last" / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="damaged"):
         Trainer(tmp_path / "b", recipe(), corpus, resume=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_byte_in_a_checkpoint_is_one_line(tmp_path, corpus, name):
+    Trainer(tmp_path / "a", recipe(), corpus)
+    file = tmp_path / "a" / "checkpoints" / "last" / name
+    data = file.read_bytes()
+    for k in range(9):
+        at = len(data) * (2 * k + 1) // 18
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(CheckpointError) as e:
+            Trainer(tmp_path / "a", recipe(), corpus, resume=True)
+        assert "\n" not in str(e.value) and "damaged" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.update(epochs=s.pop("epoch")), "KeyError: 'epoch'"),
+        (lambda s: s.update(step="4"), "TypeError: step is '4'"),
+        (lambda s: s["optimizer"].pop("ntasgd"), "ValueError"),
+        (lambda s: s.update(loader=None), "TypeError"),
+        (lambda s: s["ranks"][0].update(rng=[]), "TypeError"),
+    ],
+)
+def test_a_whole_checkpoint_with_another_state_is_one_line(tmp_path, corpus, change, words):
+    Trainer(tmp_path / "a", recipe(), corpus)
+    path = tmp_path / "a" / "checkpoints" / "last"
+    weights, state = load_checkpoint(path)
+    change(state)
+    save_checkpoint(path, weights, state)
+    with pytest.raises(CheckpointError, match=words) as e:
+        Trainer(tmp_path / "a", recipe(), corpus, resume=True)
+    assert "\n" not in str(e.value)
+
+
+def test_a_start_that_cannot_be_made_leaves_the_folder_free(tmp_path, corpus):
+    Trainer(tmp_path / "a", recipe(), corpus)
+    fine, folder = finetune_recipe(recipe(), {"epochs": 1}), tmp_path / "a" / "finetune"
+    for name, words in [("best", "no checkpoint at"), ("last", "KeyError: 'valid'")]:
+        with pytest.raises(CheckpointError, match=words):
+            Trainer(folder, fine, corpus, start=tmp_path / "a" / "checkpoints" / name)
+        assert not folder.exists()
+    Trainer(tmp_path / "a", recipe(), corpus, resume=True).fit()
+    Trainer(folder, fine, corpus, start=tmp_path / "a" / "checkpoints" / "best").fit()
+
+
+def test_a_run_whose_first_checkpoint_is_cut_short_can_be_started_again(tmp_path, corpus, monkeypatch):
+    def full(path, *args):
+        raise CheckpointError(f"cannot save {path}: the disk is full")
+
+    with monkeypatch.context() as m:
+        m.setattr(module, "save_checkpoint", full)
+        with pytest.raises(CheckpointError, match="full"):
+            Trainer(tmp_path / "a", recipe(), corpus)
+    Trainer(tmp_path / "a", recipe(), corpus)
+    assert Trainer(tmp_path / "a", recipe(), corpus, resume=True).step == 0
 
 
 def test_another_recipe_or_text_cannot_be_resumed(tmp_path, corpus):

@@ -39,14 +39,14 @@ class RunConfig:
     vocab_size: int
 
 
-def create_run(run_dir: Path, config: RunConfig, vocabulary: Vocabulary) -> None:
-    """Makes the folder of a new run.
-
-    Raises:
-        FastlmError: there is a run in it already.
-    """
+def check_no_run(run_dir: Path) -> None:
+    """Raises FastlmError when there is a run in the folder already; without a config.toml there is none."""
     if (run_dir / "config.toml").exists():
         raise FastlmError(f"{run_dir} holds a run already: go on with it by --resume, or give another folder")
+
+
+def create_run(run_dir: Path, config: RunConfig, vocabulary: Vocabulary) -> None:
+    """Makes the folder that of a run; config.toml comes last, so that what is cut short can be started again."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_file(run_dir / "vocabulary.json", json.dumps(vocabulary.to_dict(), ensure_ascii=False))
     write_config(run_dir, config)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fastlm.training.metrics import MetricsFile, Sums
 from fastlm.training.parallel import Ranks
 from fastlm.training.progress import Progress, duration, say
 from fastlm.training.recipe import Recipe
-from fastlm.training.run import RunConfig, check_same_run, create_run, read_run, write_config, write_json
+from fastlm.training.run import RunConfig, check_no_run, check_same_run, create_run, read_run, write_config, write_json
 from fastlm.training.signals import StopRequest
 
 _COUNTERS = ("step", "validated_step", "epoch", "epoch_done", "stopped", "tokens", "seconds")
@@ -99,13 +100,17 @@ class Trainer:
             if self.ranks.first:
                 write_config(self.run_dir, config)
         else:
-            if self.ranks.first:
-                create_run(self.run_dir, config, corpus.vocabulary)
+            # By all ranks, so that all of them say why: rank 0 writes config.toml after they have met in `save`.
+            check_no_run(self.run_dir)
             if start is not None:
                 weights, state = load_checkpoint(start)
                 load_weights(self.model, weights, start)
-                self._save_best(Evaluation(**state["valid"]))
+                with _fitting(start):
+                    valid = Evaluation(**state["valid"])
+                self._save_best(valid)
             self.save()
+            if self.ranks.first:
+                create_run(self.run_dir, config, corpus.vocabulary)
 
     def fit(self) -> Evaluation:
         """Trains until the epochs or the seconds are spent, then scores the test split with the best weights.
@@ -153,11 +158,17 @@ class Trainer:
         path = self._checkpoints / "last"
         weights, state = load_checkpoint(path)
         load_weights(self.model, weights, path)
+        with _fitting(path):
+            self._restore(state, path)
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
         if len(state["ranks"]) != self.ranks.size:
             before = len(state["ranks"])
             raise CheckpointError(f"{path} is of {before} ranks and cannot go on with {self.ranks.size}")
         own = state["ranks"][self.ranks.rank]
         for name in _COUNTERS:
+            if type(state[name]) is not type(getattr(self, name)):
+                raise TypeError(f"{name} is {state[name]!r}")
             setattr(self, name, state[name])
         self.best = state["best"] and Evaluation(**state["best"])
         self._interval = Sums(self.device, *state["interval"])
@@ -327,6 +338,16 @@ class Trainer:
 
     def _finished(self) -> bool:
         return self.epoch >= self.recipe.epochs or self.stopped or self._out_of_time()
+
+
+@contextmanager
+def _fitting(path: str | Path) -> Iterator[None]:
+    """Errors inside mean that a whole checkpoint does not hold what is looked for in it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        what = " ".join(str(e).split())
+        raise CheckpointError(f"{path} does not hold the state of such a run: {type(e).__name__}: {what}") from e
 
 
 def _optimizer(recipe: Recipe, model: LanguageModel) -> torch.optim.Optimizer:
