@@ -1,5 +1,6 @@
 import builtins
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -15,7 +16,7 @@ from fastlm.training.metrics import MetricsFile, read_metrics
 from fastlm.training.passage import trace_passage
 from fastlm.training.recipe import make_recipe
 from fastlm.training.report import draw_curves, write_report
-from fastlm.training.run import RunConfig, create_run, run_cache, run_model
+from fastlm.training.run import RunConfig, create_run, run_cache, run_model, write_json
 from fastlm.training.trainer import Trainer
 
 METRICS = [
@@ -186,3 +187,16 @@ def test_the_report_of_a_tuned_run(run):
     assert '<b>"&x' in text and any('<b>"&x' in title for title in page.titles)
     assert len(page.titles) == len(result["passage"])
     assert f"{result['test']['cached']['ppl']:.2f}" in text and f"window {result['window']}" in text
+
+
+def test_a_report_of_figures_that_are_no_numbers(tmp_path):
+    vocabulary = Vocabulary(["<eos>", "a"], [1, 1], level="word")
+    create_run(tmp_path, RunConfig(make_recipe(SMALL), "stdlib", "0", 2), vocabulary)
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({**METRICS[0], "ppl": math.nan})
+    file.write({**METRICS[2], "valid_ppl": math.inf, "valid_nll": 800.0})
+    assert read_metrics(file.path)[1]["valid_ppl"] is None
+    write_report(tmp_path)
+    assert "infinite" in (tmp_path / "report.html").read_text()
+    write_json(tmp_path / "cache.json", {"valid": [1.0, math.nan]})
+    assert json.loads((tmp_path / "cache.json").read_text()) == {"valid": [1.0, None]}

@@ -310,6 +310,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(tmp_path
         next(trainer.model.parameters()).fill_(math.nan)
     with pytest.raises(FastlmError, match="loss is nan"):
         trainer.fit()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[-1], parse_constant=refuse)
+    assert record["loss"] is None and record["ppl"] is None and record["step"] == 3
     weights, _ = load_checkpoint(tmp_path / "a" / "checkpoints" / "last")
     assert not any(torch.isnan(w).any() for w in weights.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Sums:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per line, in the order of the steps."""
+    """metrics.jsonl: one JSON object per line, in the order of the steps; null stands for inf and nan."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -50,7 +51,7 @@ class MetricsFile:
     def write(self, record: dict[str, Any]) -> None:
         """Appends a line."""
         with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+            f.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
     def size(self) -> int:
         """Its length in bytes, 0 when it is not there yet."""
@@ -60,6 +61,15 @@ class MetricsFile:
         """Drops what was written after it had `size` bytes."""
         if self.size() > size:
             os.truncate(self.path, size)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in the place of inf and nan, which JSON does not know; looks into containers."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

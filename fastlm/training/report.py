@@ -111,7 +111,7 @@ def _figures(metrics, results, cache) -> str:
         rows += [(f"{split}, one stream", cache[split]["plain"]) for split in ("valid", "test") if split in cache]
         rows += [(f"{split} with the cache", cache[split]["cached"]) for split in ("valid", "test") if split in cache]
     cells = "".join(
-        f"<tr><td>{label}</td><td>{s['ppl']:.2f}</td><td>{s['nll']:.4f}</td><td>{s['bpc']:.4f}</td></tr>"
+        f"<tr><td>{label}</td><td>{_ppl(s['ppl'])}</td><td>{s['nll']:.4f}</td><td>{s['bpc']:.4f}</td></tr>"
         for label, s in rows
     )
     parts = []
@@ -127,6 +127,10 @@ def _figures(metrics, results, cache) -> str:
             f"<p>Cache: theta {cache['theta']:.4g}, lambda {cache['lambda']:.4g}, window {cache['window']:,}.</p>"
         )
     return "".join(parts)
+
+
+def _ppl(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.2f}"  # JSON has no infinity
 
 
 def _passage(cache: dict[str, Any]) -> str:

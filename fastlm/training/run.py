@@ -21,6 +21,7 @@ from fastlm.errors import DataError, FastlmError, RecipeError
 from fastlm.models import LanguageModel
 from fastlm.nn import NeuralCache
 from fastlm.training.checkpoint import load_checkpoint, load_weights, write_file
+from fastlm.training.metrics import finite
 from fastlm.training.recipe import CHANGEABLE, Recipe, make_recipe
 
 if sys.version_info >= (3, 11):
@@ -153,8 +154,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes results.json or cache.json."""
-    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Writes results.json or cache.json; null stands for inf and nan."""
+    write_file(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _toml(value: Any) -> str:
