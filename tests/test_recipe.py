@@ -1,9 +1,12 @@
 import dataclasses
 
 import pytest
+from tiny_run import SMALL
 
+from fastlm.cli import main
 from fastlm.errors import FastlmError, RecipeError
 from fastlm.training.recipe import Recipe, load_recipe, make_recipe, parse_override, recipe_names
+from fastlm.training.run import read_run, run_corpus
 
 
 def write(tmp_path, text):
@@ -46,11 +49,43 @@ def test_unknown_key_is_named_with_the_nearest_one(tmp_path):
     assert "r.toml" in str(e.value)
 
 
+def test_a_key_like_no_other_has_no_suggestion():
+    with pytest.raises(RecipeError, match="unknown key 'xyzzy'$"):
+        make_recipe({"xyzzy": 1})
+
+
+def test_the_vocabulary_of_a_recipe_reaches_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("a a a a b b c\n" * 2 + "d e\n")
+    run, out = ["train", "--data", str(tmp_path)], tmp_path / "run"
+    settings = {**SMALL, "batch_size": 1, "eval_batch_size": 1, "epochs": 1}
+    (tmp_path / "r.toml").write_text("\n".join(f"{k} = {v}" for k, v in settings.items()))
+    limits = ["min_count=2", "max_vocabulary=4"]
+    run += ["--recipe", str(tmp_path / "r.toml"), "--out", str(out), *(x for s in limits for x in ("--set", s))]
+    assert main(run) == 0
+    words = ["a", "b", "<eos>", "<unk>"]
+    corpus = run_corpus(read_run(out))
+    assert sorted(corpus.vocabulary.words) == sorted(words)
+    assert (corpus.train == corpus.vocabulary.unk_id).sum() == 4  # c twice, d, e: seen while training
+
+
+def test_the_default_count_is_left_to_the_corpus():
+    assert make_recipe({}).corpus_settings()["min_count"] is None
+    assert make_recipe({"min_count": 3}).corpus_settings()["min_count"] == 3
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("lr = 0", "lr must be greater than 0"),
-        ("lr = nan", "lr must be greater than 0"),
+        ("lr = nan", "lr must be finite, got nan"),
+        ("lr = inf", "lr must be finite, got inf"),
+        ("max_seconds = inf", "max_seconds must be finite"),
+        ("min_count = 0", "min_count must be at least 1"),
+        ("max_vocabulary = 2", "max_vocabulary must be 0 or at least 3, got 2"),
+        ('min_count = 2\ncompat = "awd-lstm-lm"', "go neither with compat nor with the byte level"),
+        ('max_vocabulary = 9\nlevel = "byte"', "go neither with compat nor with the byte level"),
         ('lr = "fast"', "lr must be a number"),
         ("lr = true", "lr must be a number"),
         ("hidden_size = 1.5", "hidden_size must be an integer"),

@@ -38,7 +38,7 @@ def train(args: Namespace) -> Result:
         corpus = run_corpus(config, source)
     elif args.data and args.recipe:
         recipe, source = load_recipe(args.recipe, settings), _source(args.data)
-        corpus = load_corpus(source, level=recipe.level, compat=recipe.compat or None)
+        corpus = load_corpus(source, **recipe.corpus_settings())
     else:
         raise FastlmError("train needs --data and --recipe, or --resume to go on with a run")
     with join(_device(args)) as (ranks, device):

@@ -41,7 +41,7 @@ def run_demo(out: str | Path, device: str) -> list[dict[str, Any]]:
     Raises:
         Interrupted: a signal came; the same command goes on.
     """
-    corpus = load_corpus(SOURCE)
+    corpus = load_corpus(SOURCE, **load_recipe(RECIPES["lstm"]).corpus_settings())
     sizes = ", ".join(f"{len(getattr(corpus, split)):,} {split}" for split in ("train", "valid", "test"))
     say(f"corpus {corpus.name}: {len(corpus.vocabulary):,} words; tokens: {sizes}")
     rows = [_unigram_row(corpus)]

@@ -7,6 +7,7 @@ range is a `RecipeError` that names the key, never a silent default.
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -49,9 +50,12 @@ class Recipe:
     text instead of by the number of predicted tokens.
     """
 
-    # Data.
+    # Data. What the training text has less often than `min_count`, or beyond the `max_vocabulary` most frequent (0: no
+    # limit; <eos> and <unk> are counted), is read as <unk>. For the words of "stdlib" a min_count of 1 means 2.
     level: str = _key("word", choices=("word", "char", "byte"))
     compat: str = _key("", choices=("", "awd-lstm-lm"))
+    min_count: int = _key(1, least=1)
+    max_vocabulary: int = _key(0, least=0)
     # Model: see LanguageModelConfig. `window` is that of the first QRNN layer.
     cell: str = _key("lstm", choices=("lstm", "qrnn", "gru"))
     embedding_size: int = _key(400, least=1)
@@ -96,6 +100,20 @@ class Recipe:
             object.__setattr__(self, f.name, _check(f.name, f.type, f.metadata, getattr(self, f.name)))
         if self.when and self.optimizer in ("nt-asgd", "asgd"):
             raise RecipeError(f"'when' goes with optimizer sgd or adam, not with {self.optimizer}")
+        if self.max_vocabulary in (1, 2):
+            raise RecipeError(f"max_vocabulary must be 0 or at least 3, got {self.max_vocabulary}")
+        if (self.min_count, self.max_vocabulary) != (1, 0) and (self.compat or self.level == "byte"):
+            raise RecipeError("min_count and max_vocabulary go neither with compat nor with the byte level")
+
+    def corpus_settings(self) -> dict[str, Any]:
+        """The keyword arguments of `load_corpus` for the text of this recipe."""
+        # The default count is left to load_corpus, which has one of its own for "stdlib".
+        return {
+            "level": self.level,
+            "compat": self.compat or None,
+            "min_count": None if self.min_count == 1 else self.min_count,
+            "max_size": self.max_vocabulary or None,
+        }
 
     def model_config(self, vocab_size: int) -> LanguageModelConfig:
         """The model of this recipe over a vocabulary of `vocab_size`."""
@@ -149,8 +167,9 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     known = [f.name for f in fields(Recipe)]
     for key in values:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise RecipeError(f"unknown key {key!r}; the nearest valid one is {nearest!r}")
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; the nearest valid one is {nearest[0]!r}" if nearest else ""
+            raise RecipeError(f"unknown key {key!r}{hint}")
     return Recipe(**values)
 
 
@@ -198,6 +217,8 @@ def _check(name: str, type_name: str, limits: Mapping[str, Any], value: Any) -> 
         value = float(value)
     if type(value) is not expected:
         raise RecipeError(f"{name} must be {_TYPE_NAMES[type_name]}, got {value!r}")
+    if expected is float and not math.isfinite(value):
+        raise RecipeError(f"{name} must be finite, got {value!r}")
     _check_limits(name, limits, value)
     return value
 
@@ -206,7 +227,6 @@ def _check_limits(name: str, limits: Mapping[str, Any], value: Any) -> None:
     if "choices" in limits and value not in limits["choices"]:
         choices = ", ".join(repr(c) for c in limits["choices"])
         raise RecipeError(f"{name} must be one of {choices}, got {value!r}")
-    # Written so that nan fails each of them.
     for rule, holds, words in [
         ("least", lambda v, x: v >= x, "at least"),
         ("above", lambda v, x: v > x, "greater than"),

@@ -103,7 +103,7 @@ def run_corpus(config: RunConfig, source: str | None = None) -> Corpus:
         DataError: it cannot be read, or is not the text of this run.
     """
     source = source or config.source
-    corpus = load_corpus(source, level=config.recipe.level, compat=config.recipe.compat or None)
+    corpus = load_corpus(source, **config.recipe.corpus_settings())
     check_same_run(config, replace(config, source=source, digest=corpus.digest))
     return corpus
 
