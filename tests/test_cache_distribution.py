@@ -73,6 +73,23 @@ def test_entries_beyond_the_count_do_not_matter(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_that_is_not_finite_is_nan_and_leaves_the_others_alone(impl):
+    query, keys, ids = ring(4, 6, 3, 5)
+    expected = cache_distribution(query, keys, ids, 6, 5, theta=0.5, impl=impl)
+    query[1, 0], keys[2, 4, 1] = float("nan"), float("inf")
+    out = cache_distribution(query, keys, ids, 6, 5, theta=0.5, impl=impl)
+    assert out[1:3].isnan().all() and torch.equal(out[::3], expected[::3])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_scores_times_a_large_theta_stay_finite(impl):
+    keys = torch.full((1, 3, 2), 1e5)
+    keys[0, 1] = 0.0
+    out = cache_distribution(keys[:, 0], keys, torch.tensor([[2, 1, 0]]), 3, 4, theta=1e29, impl=impl)
+    assert torch.equal(out, torch.tensor([[0.5, 0.0, 0.5, 0.0]]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_empty_sizes(impl):
     assert cache_distribution(*ring(0, 3, 2, 5), 3, 5, theta=1.0, impl=impl).shape == (0, 5)
     assert torch.equal(cache_distribution(*ring(2, 0, 2, 5), 0, 5, theta=1.0, impl=impl), torch.zeros(2, 5))

@@ -27,12 +27,14 @@ def reference(query, keys, ids, count, vocab_size, theta):
     _check_values(ids, count, valid, vocab_size)
     with torch.autocast(query.device.type, enabled=False):
         scores = torch.bmm(keys.to(state), query.to(state)[:, :, None])[:, :, 0]
-    scores = (scores * theta).masked_fill(~valid, float("-inf"))
+    # in float64, since theta times a finite score may be beyond float32
+    scores = (scores.double() * theta).masked_fill(~valid, float("-inf"))
     # An empty row of -inf becomes NaN in the softmax, and 0 here, as do entries beyond the count whatever they hold.
-    weights = scores.softmax(1).double().mul(_ONE).masked_fill(~valid, 0.0)
+    weights = scores.softmax(1).mul_(_ONE).masked_fill(~valid, 0.0)
+    unknown = weights.isnan().any(1, keepdim=True)  # seen here, since NaN as an integer is an arbitrary number
     sums = torch.zeros((len(query), vocab_size), dtype=torch.int64, device=query.device)
-    sums.scatter_add_(1, ids.long().masked_fill(~valid, 0), weights.long())
-    return sums.double().div_(_ONE).to(state)
+    sums.scatter_add_(1, ids.long().masked_fill(~valid, 0), weights.nan_to_num().long())
+    return sums.double().div_(_ONE).masked_fill_(unknown, float("nan")).to(state)
 
 
 def _check_values(ids, count, valid, vocab_size):
@@ -81,7 +83,8 @@ def cache_distribution(
         impl: `"auto"` or `"reference"`.
 
     Returns:
-        `[B, V]` float32 (float64 for float64 input); a row sums to 1, or to 0 where `count` is 0.
+        `[B, V]` float32 (float64 for float64 input); a row sums to 1, or to 0 where `count` is 0. A row is NaN
+        where the product of its query with a valid key is NaN or infinite.
 
     Raises:
         ValueError: wrong shape or theta, a count outside [0, W] or ids outside the vocabulary (device assertions on
