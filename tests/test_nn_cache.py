@@ -169,6 +169,37 @@ def test_tuning_at_the_ends_of_lambda():
     assert hopeless.lambda_ > 0.9  # the model gives the words no chance that float64 could hold
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["hidden", "nll"])
+def test_tuning_refuses_what_is_not_finite(name, bad):
+    hidden, ids, _, nll = stream(40)
+    (hidden if name == "hidden" else nll)[17] = bad
+    cache = nn.NeuralCache(1.0, 0.5, 5)
+    with pytest.raises(ValueError, match=f"{name} must be finite, got NaN or infinity"):
+        cache.tune(hidden, ids, nll, thetas=[0.0, 0.5], windows=[5])
+    assert (cache.theta, cache.lambda_, cache.window) == (1.0, 0.5, 5)
+
+
+def test_tuning_passes_over_results_that_are_not_finite(monkeypatch):
+    hidden, ids, _, nll = stream(40)
+    cache, whole = nn.NeuralCache(1.0, 0.5, 5), nn.NeuralCache._log_cache
+
+    def spoiled(self, *args):
+        log_cache, empty = whole(self, *args)
+        log_cache[:, bad] = math.nan
+        return log_cache, empty
+
+    monkeypatch.setattr(nn.NeuralCache, "_log_cache", spoiled)
+    bad = 0
+    tuning = cache.tune(hidden, ids, nll, thetas=[0.5, 0.2], windows=[5])
+    assert tuning.theta == 0.2 and math.isfinite(tuning.ppl) and math.isnan(tuning.table[0].ppl)
+    bad = slice(None)
+    with pytest.raises(ValueError, match="hidden and nll must give a finite perplexity"):
+        cache.tune(hidden, ids, nll, thetas=[0.5, 0.2], windows=[5])
+    with pytest.raises(ValueError, match="hidden and nll must give a finite perplexity"):
+        cache.tune(hidden, ids, nll + 1e4, thetas=[0.5], windows=[5])
+
+
 def test_tuning_of_the_late_start_leaves_the_first_words_out():
     hidden, ids, _, nll = stream(40)
     cache = nn.NeuralCache(1.0, 0.5, 5, compat="awd-lstm-lm")

@@ -203,10 +203,14 @@ class NeuralCache(torch.nn.Module):
             The best settings and the table of all.
 
         Raises:
-            ValueError: a shape or setting does not fit, or the text is empty.
+            ValueError: a shape or setting does not fit, the text is empty, `hidden` or `nll` holds NaN or infinity, or
+                no pair gives a finite perplexity; then the settings stay as they are.
         """
         if not len(nll):
             raise ValueError("nll must hold at least one word, got none")
+        for name, x in (("hidden", hidden), ("nll", nll)):
+            if not x.isfinite().all():
+                raise ValueError(f"{name} must be finite, got NaN or infinity")
         thetas, windows = list(thetas), list(windows)
         log_cache, empty = self._log_cache(hidden, next_ids, nll, None, thetas, windows)
         table = []
@@ -215,9 +219,12 @@ class NeuralCache(torch.nn.Module):
             excess = torch.where(no_cache, 0.0, torch.expm1(log_ratio.clamp(max=700.0)))
             lambdas = _best_lambda(excess)
             losses = nll.double().mean() - torch.log1p(lambdas.unsqueeze(1) * excess).mean(1)
-            for theta, lambda_, loss in zip(thetas, lambdas.tolist(), losses.tolist(), strict=True):
-                table.append(CacheResult(float(theta), int(window), lambda_, math.exp(loss)))
-        best = min(table, key=lambda result: result.ppl)
+            for theta, lambda_, ppl in zip(thetas, lambdas.tolist(), losses.exp().tolist(), strict=True):
+                table.append(CacheResult(float(theta), int(window), lambda_, ppl))
+        finite = [result for result in table if math.isfinite(result.ppl)]
+        if not finite:
+            raise ValueError("hidden and nll must give a finite perplexity with some theta and window, got none")
+        best = min(finite, key=lambda result: result.ppl)
         self._set(best.theta, best.lambda_, best.window)
         return CacheTuning(best.theta, best.lambda_, best.window, best.ppl, tuple(table))
 
