@@ -112,6 +112,22 @@ def test_padding_gets_no_gradient_even_when_it_is_not_a_number():
     assert not x.grad[3:, 1].any() and x.grad[:3, 1].all() and x.grad[:, 0].all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_padding_that_is_not_finite_does_not_matter(options, bad):
+    layer, clean = make(**options).eval(), torch.randn(7, 3, 4).double()
+    lengths = torch.tensor([7, 3, 0])
+    poisoned = clean.clone()
+    poisoned[3:, 1], poisoned[:, 2] = bad, bad
+    results = []
+    for x in (clean, poisoned):
+        x.requires_grad_()
+        h, state = layer(x, lengths=lengths)
+        (gradient,) = torch.autograd.grad(h.sum() + state.c.sum(), x)
+        results.append((h, *state, gradient))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_batch_size_may_change():
     """The old layer kept the last input inside, and failed when the batch size changed."""
     layer = nn.QRNNLayer(4, 6, window=2, save_prev_x=True)
@@ -278,5 +294,8 @@ def test_wrong_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             layer(*args)
+    for lengths in ([1.0, 2.0, 5.0], torch.tensor([1.5, 2, 3])):
+        with pytest.raises(TypeError, match="lengths must be an int64 or int32 tensor, got torch.float32"):
+            layer(x, None, lengths)
     with pytest.raises(ValueError, match="hidden must have 2 states, got 1"):
         nn.QRNN(4, 6, 2)(x, [None])

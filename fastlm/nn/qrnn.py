@@ -109,8 +109,8 @@ class QRNNLayer(torch.nn.Module):
             input: `[T, B, I]`.
             hidden: the state that the last call returned; a tensor `[B, H]` or `[1, B, H]` is a cell after zeros, as in
                 torchqrnn; a new sequence if absent.
-            lengths: `[B]`, how many steps of each row count; all if absent. Steps beyond leave the state alone and
-                give zeros.
+            lengths: `[B]` integers, how many steps of each row count; all if absent. Steps beyond leave the state alone
+                and give zeros, whatever the input holds there.
 
         Returns:
             `(h [T, B, H], state)`.
@@ -122,6 +122,8 @@ class QRNNLayer(torch.nn.Module):
             raise ValueError(f"input must have shape [T, B, {self.input_size}], got {list(input.shape)}")
         c, previous = self._unpack(hidden, input)
         valid = None if lengths is None else self._valid(lengths, input)
+        if valid is not None:
+            input = input.masked_fill(~valid.unsqueeze(-1), 0.0)
         if self.reverse:
             input = _flip(input, valid)
         history = torch.cat([previous.to(input.dtype), input])  # [window - 1 + T, B, I]
@@ -130,7 +132,7 @@ class QRNNLayer(torch.nn.Module):
             gates = self._close(gates, valid)
         h, c = ops.qrnn_pool(gates, c, pooling=self.pooling, zoneout=self.zoneout, training=self.training)
         if valid is not None:
-            h = h * valid.unsqueeze(-1)
+            h = h.masked_fill(~valid.unsqueeze(-1), 0.0)  # a product would keep NaN
         state = QRNNState(c, self._last(history, valid).to(previous.dtype))
         return (_flip(h, valid) if self.reverse else h), state
 
@@ -151,6 +153,8 @@ class QRNNLayer(torch.nn.Module):
         """`[T, B]`, True where a step counts."""
         T, B, _ = input.shape
         lengths = torch.as_tensor(lengths)
+        if B:  # an empty list has the dtype of floating-point numbers
+            _checks.ids("lengths", lengths)
         _checks.shape("lengths", lengths, B=B)
         if lengths.device.type == "cpu" and B and not 0 <= lengths.min() <= lengths.max() <= T:
             raise ValueError(f"lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
@@ -170,10 +174,9 @@ class QRNNLayer(torch.nn.Module):
 
     def _close(self, gates, valid):
         """Gates that leave the cell alone where a step does not count."""
-        parts = list(gates.chunk(GATES[self.pooling], -1))
-        for index in (1, 3)[: len(parts) // 2]:  # the write gates: f, and i where there is one
-            parts[index] = parts[index].masked_fill(~valid.unsqueeze(-1), CLOSED)
-        return torch.cat(parts, -1)
+        closed = gates.new_zeros(GATES[self.pooling], self.hidden_size)
+        closed[1::2] = CLOSED  # the write gates: f, and i where there is one
+        return torch.where(valid.unsqueeze(-1), gates, closed.flatten())
 
     def _last(self, history, valid):
         """`[window - 1, B, I]`, the last inputs that count; a copy, so as not to hold the whole input in memory."""
