@@ -259,7 +259,7 @@ def test_memory_stays_far_below_the_logits(train):
         assert low <= peak <= high, f"{function.__name__}: {peak / logits:.2f} of the logits"
 
 
-def test_chunks_have_a_constant_number_of_rows():
+def test_chunks_keep_to_their_budget():
     def rows_of(rows, classes, device="cpu"):
         bounds = module._chunks(rows, classes, device)
         sizes = [last - first for first, last in pairwise(bounds)]
@@ -268,8 +268,11 @@ def test_chunks_have_a_constant_number_of_rows():
 
     least, most = module._CHUNK_ROWS["cpu"]
     assert rows_of(10**5, 50) > 0.9 * most
-    assert 0.9 * least < rows_of(8400, 267_735) <= least  # as many rows as for a tenth of the vocabulary
-    assert 0.9 * least < rows_of(8400, 33_278) <= least
+    for device, budget in module._CHUNK_BYTES.items():
+        for classes in (10_000, 33_278, 267_735):
+            assert 4 * classes * rows_of(8400, classes, device) <= budget
+    assert rows_of(8400, 33_278) >= 128  # a matrix product worth its trip through the weight
+    assert 0.9 * least < rows_of(8400, 10**6) <= least
     assert rows_of(5, 10**6) == 5
 
 

@@ -10,8 +10,9 @@ of the loss of row n,
 
 A chunk of rows goes through all of it while its logits are in a workspace, where they become their own gradient in
 place. For "mean" and "sum", g_n is known up to a factor in the forward, which leaves the gradients ready; for "none"
-the backward makes the logits again. A chunk has a constant number of rows under a byte budget: the price of a chunk is
-one more trip through W and dW, whatever V and D. Logits, loss and the sum over chunks are float32 for 16-bit inputs.
+the backward makes the logits again. A chunk has as many rows as a byte budget for its float32 logits allows, down to a
+floor that only a vocabulary above 524,288 words meets: the price of a chunk is one more trip through W and dW.
+Logits, loss and the sum over chunks are float32 for 16-bit inputs.
 
 Chunking the rows and taking the gradient in the forward: Malik Hsu et al., "Liger Kernel", arXiv 2410.10989.
 """
@@ -34,8 +35,8 @@ _lib.define(
 )
 _lib.declare("linear_cross_entropy", kernels=("linear_cross_entropy_rows_",))
 
-_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
-_CHUNK_ROWS = {"cpu": (256, 1024), "cuda": (2048, 4096)}  # fewer: too many trips through W; more gain nothing
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+_CHUNK_ROWS = {"cpu": (16, 1024), "cuda": (256, 4096)}  # fewer: too many trips through W; more gain nothing
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -74,7 +75,7 @@ def _rows_(logits, target, scale, ignore_index, label_smoothing, gradient):
 
 
 def _chunks(rows, classes, device):
-    """Bounds of equal chunks of rows."""
+    """Bounds of equal chunks of rows, whose logits keep to the budget unless the least number of rows exceeds it."""
     least, most = _CHUNK_ROWS.get(device, _CHUNK_ROWS["cuda"])
     budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"])
     size = max(least, min(most, budget // (4 * max(1, classes))))
