@@ -324,7 +324,7 @@ def test_errors():
     for theta in (-0.1, float("nan"), 1e30):
         with pytest.raises(ValueError, match=r"theta must lie in \[0, 1e30\)"):
             cache_attention(hidden, next_ids, theta=theta, window=3)
-    for window in (0, -1, 2.5):
+    for window in (0, -1, 2.5, 3.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="window must be an integer >= 1"):
             cache_attention(hidden, next_ids, theta=1.0, window=window)
     with pytest.raises(ValueError, match="window must be a number or a sequence of numbers, got an empty"):
@@ -349,7 +349,20 @@ def test_errors():
         cache_attention(hidden, next_ids, impl="cuda", **options)
 
 
-def test_ids_that_do_not_fit_raise_instead_of_matching(native):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ids_that_do_not_fit_raise_instead_of_matching(run, impl):
     hidden, next_ids = stream(6, 3, 4)
-    with pytest.raises(RuntimeError, match="ids must fit in 32 bits"):
-        cache_attention(hidden, next_ids + 2**32, theta=1.0, window=3, impl="cpu")
+    for large in (next_ids + 2**32, next_ids - 2**32):
+        with pytest.raises(ValueError, match=r"^next_ids must lie in \[-2147483648, 2147483648\), 32 bits, got -?\d+$"):
+            run(hidden, large, theta=1.0, window=3, impl=impl)
+        with pytest.raises(ValueError, match=r"^memory\[1\] must lie in"):
+            run(hidden, next_ids, theta=1.0, window=3, memory=(hidden, large), impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_huge_windows_see_everything(run, impl):
+    hidden, next_ids = stream(30, 3, 4)
+    options = dict(theta=[0.5, 1.0], memory=(hidden[:9], next_ids[:9]), impl=impl)
+    expected = run(hidden, next_ids, window=[5, 39, 39], **options)
+    actual = run(hidden, next_ids, window=[5, 2**62, 10**30], **options)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))

@@ -42,6 +42,15 @@ def ids(name: str, x: torch.Tensor) -> None:
         raise TypeError(f"{name} must be an int64 or int32 tensor, got {got}")
 
 
+def within(name: str, x: torch.Tensor, low: int, high: int, what: str) -> None:
+    """Raise ValueError unless all ids lie in [low, high); on the CPU alone, since elsewhere it would wait for them."""
+    if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
+        return
+    least, most = (int(bound) for bound in x.aminmax())
+    if least < low or most >= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}), {what}, got {least if least < low else most}")
+
+
 def probability(name: str, p: float) -> float:
     """Return `p` as a float; raise ValueError unless it lies in [0, 1]."""
     p = float(p)

@@ -13,7 +13,7 @@ There is no adjoint: the cache is a model of test time, its keys are values.
 """
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 
@@ -26,6 +26,7 @@ _lib.define(
 )
 _lib.declare("cache_attention", kernels=("cache_attention",))
 
+_LONGEST = 2**48  # a window that no stream fills; longer ones would not fit in 64 bits
 _BLOCK_SCORES = 1 << 20  # scores of one block of rows in the vectorised fallback: 4 MB, which a cache holds
 
 
@@ -136,7 +137,7 @@ def cache_attention(
     Args:
         hidden: `[N, D]`, the hidden state after each word; float32, bfloat16, float16 or float64.
         next_ids: `[N]` int64 or int32, the word that followed each state. Compared, never used as an index; they must
-            fit in 32 bits.
+            fit in 32 bits, which is checked on the CPU.
         theta: flatness, one number or several, in [0, 1e30); 0 counts words.
         window: how many pairs a row looks back on at most, one number or several, >= 1.
         memory: `(hidden [M, D], next_ids [M])`, the rows before the first one of this call, oldest first.
@@ -150,7 +151,8 @@ def cache_attention(
         next word the probability `exp(log_mass - log_norm)`; where `log_norm` is -inf the window was empty.
 
     Raises:
-        ValueError: wrong shape, theta or window, or an input that requires a gradient: there is none.
+        ValueError: wrong shape, theta or window, ids beyond 32 bits, or an input that requires a gradient:
+            there is none.
         TypeError: wrong dtype or device. RuntimeError: `impl` is not installed.
     """
     thetas = [_checks.theta(x) for x in _several("theta", theta)]
@@ -185,9 +187,9 @@ def _several(name, value) -> list:
 
 
 def _window(value) -> int:
-    if value != int(value) or value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"window must be an integer >= 1, got {value}")
-    return int(value)
+    return min(int(value), _LONGEST)
 
 
 def _check_rows(name, x, ids_name, ids):
@@ -196,5 +198,6 @@ def _check_rows(name, x, ids_name, ids):
     _checks.same(ids_name, ids, name, x, dtype=False)
     rows, _ = _checks.dims(name, x, "ND")
     _checks.shape(ids_name, ids, N=rows)
+    _checks.within(ids_name, ids, -(2**31), 2**31, "32 bits")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require a gradient, the cache has none: use torch.no_grad()")
