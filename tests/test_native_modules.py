@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,15 @@ def test_every_source_is_in_its_module(name):
     sources = (ROOT / "csrc").glob("*.cpp" if name == "_C.so" else "*.cu")
     for stem in {path.stem for path in sources} - {"host", "isa"}:
         assert stem.encode() in content, f"{name} registers nothing of {stem}"
+
+
+@pytest.mark.parametrize("name", ["_C.so", "_C_cuda.so"])
+def test_no_path_of_the_machine_that_built_it(name):
+    """Errors raised in a kernel name their source file; it is to be that of the project, not where it was built."""
+    content = module(name).read_bytes()
+    assert b"csrc/common.h" in content
+    assert not re.search(rb"/csrc/[a-z_]+\.(cpp|cu|h|cuh)\0", content.replace(b"torch/csrc/", b""))
+    assert str(ROOT).encode() + b"/" not in content and b"site-packages" not in content
 
 
 def test_cuda_module_is_built_where_nvcc_is():
