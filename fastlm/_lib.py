@@ -103,7 +103,8 @@ def native(op: str, device: str) -> bool:
     return bool(kernels) and all((name, device) in native_kernels for name in kernels)
 
 
-DEFAULT_IMPL = os.environ.get("FASTLM_IMPL", "auto")
+IMPLS = ("auto", "reference", "cpu", "cuda", "triton", "aten")
+DEFAULT_IMPL = os.environ.get("FASTLM_IMPL") or "auto"  # checked at the first call: an import must not fail
 
 
 def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
@@ -116,15 +117,13 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
     Raises:
         ValueError: no such implementation.
         TypeError: the named implementation does not take this device or dtype.
-        RuntimeError: the named implementation is not installed.
+        RuntimeError: the named implementation is not installed, or FASTLM_IMPL names none.
     """
     kernels, extra, dtypes = ops[op]
     device = tensor.device.type
-    if (
-        impl == "auto"
-        and DEFAULT_IMPL != "auto"
-        and (DEFAULT_IMPL in ("reference", *extra) or native(op, DEFAULT_IMPL))
-    ):
+    if DEFAULT_IMPL not in IMPLS:
+        raise RuntimeError(f"FASTLM_IMPL must be one of {', '.join(IMPLS)}, got {DEFAULT_IMPL!r}")
+    if impl == "auto" and DEFAULT_IMPL in ("reference", *extra):  # a kernel is what "auto" takes where it can serve
         impl = DEFAULT_IMPL
     if impl == "auto":
         if native(op, device):
