@@ -252,5 +252,15 @@ def test_wrong_arguments():
         model(TOKENS[0])
     with pytest.raises(TypeError, match="tokens must be an int64 or int32 tensor"):
         model(TOKENS.float())
+    for id in (-1, 11):
+        tokens = TOKENS.clone()
+        tokens[2, 1] = id
+        with pytest.raises(ValueError, match=rf"tokens must lie in \[0, 11\), the vocabulary, got {id}"):
+            model(tokens)
+    gru = make("gru")
+    with pytest.raises(ValueError, match=r"state\[0\] must hold one tensor \[1, B, H\], got 2"):
+        gru(TOKENS, model.init_state(3))
+    with pytest.raises(ValueError, match=r"state\[0\] must have shape \[layers, B, H\] = \[1, 3, 7\], got \[1, 2, 7\]"):
+        gru(TOKENS, gru.init_state(2))
     with pytest.raises(ValueError, match="target"):
         model.loss(TOKENS, TARGETS[:, :2])

@@ -66,6 +66,10 @@ def test_settings_of_the_embedding_stay():
     assert not dropout.embedding.weight.grad[1].any() and dropout.embedding.weight.grad[2].all()
     with pytest.raises(ValueError, match="p must lie in"):
         nn.EmbeddingDropout(torch.nn.Embedding(5, 3), 1.1)
+    for id in (-1, 5):
+        with pytest.raises(ValueError, match=rf"ids must lie in \[0, 5\), the vocabulary, got {id}"):
+            dropout(torch.tensor([[2, id]], dtype=torch.int32))
+    assert dropout(torch.tensor([], dtype=torch.int64)).shape == (0, 3)
 
 
 def test_compile_and_copies():

@@ -292,6 +292,9 @@ def test_wrong_arguments():
     lstm = nn.LSTM(4, 6)
     with pytest.raises(ValueError, match="input must have 4 features"):
         lstm(torch.randn(5, 3, 5))
+    for x in (torch.randn(5, 3, 4), torch.randn(5, 4)):
+        with pytest.raises(ValueError, match=r"hx must be a pair \(h_0, c_0\), got 3 tensors"):
+            lstm(x, (torch.zeros(1, 3, 6),) * 3)
     with pytest.raises(ValueError, match="input must have 2 or 3 dimensions"):
         lstm(torch.randn(4))
     with pytest.raises(ValueError, match=r"c_0 must have shape .* = \[1, 3, 6\], got \[1, 2, 6\]"):

@@ -297,5 +297,9 @@ def test_wrong_arguments():
     for lengths in ([1.0, 2.0, 5.0], torch.tensor([1.5, 2, 3])):
         with pytest.raises(TypeError, match="lengths must be an int64 or int32 tensor, got torch.float32"):
             layer(x, None, lengths)
+    packed = torch.nn.utils.rnn.pack_sequence([x[:, 0]])
+    for module in (layer, nn.QRNN(4, 6), nn.QRNN(4, 6, batch_first=True)):
+        with pytest.raises(TypeError, match="got a PackedSequence: give the padded tensor and its lengths"):
+            module(packed)
     with pytest.raises(ValueError, match="hidden must have 2 states, got 1"):
         nn.QRNN(4, 6, 2)(x, [None])

@@ -172,11 +172,13 @@ class LanguageModel(torch.nn.Module):
         """Reads the next `[T, B]` tokens of B streams; new streams if there is no state.
 
         Raises:
-            ValueError: `tokens` is not two-dimensional, or the state is of another batch size.
+            ValueError: `tokens` is not two-dimensional or lies outside the vocabulary (a device assertion on a GPU), or
+                the state is of another batch size or cell.
             TypeError: `tokens` are no ids.
         """
         _checks.ids("tokens", tokens)
         _, batch = _checks.dims("tokens", tokens, "TB")
+        _checks.within("tokens", tokens, 0, self.config.vocab_size, "the vocabulary")
         state = self.init_state(batch) if state is None else state
         x = self.input_dropout(self.encoder(tokens))
         after = []
@@ -184,6 +186,9 @@ class LanguageModel(torch.nn.Module):
             if index:
                 x = self.hidden_dropout(x)
             if self.config.cell == "gru":
+                if len(before) != 1:
+                    raise ValueError(f"state[{index}] must hold one tensor [1, B, H], got {len(before)}")
+                _checks.shape(f"state[{index}]", before[0], layers=1, B=batch, H=layer.module.hidden_size)
                 x, h = layer(x, *before)
                 after.append((h,))
             else:

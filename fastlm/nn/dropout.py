@@ -66,7 +66,12 @@ class EmbeddingDropout(torch.nn.Module):
         return f"p={self.p}"
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Looks up `ids` of any shape `[...]`; returns `[..., E]`."""
+        """Looks up `ids` of any shape `[...]`; returns `[..., E]`.
+
+        Raises:
+            ValueError: ids outside the vocabulary (a device assertion on a GPU).
+        """
+        _checks.within("ids", ids, 0, self.embedding.num_embeddings, "the vocabulary")
         rows = self.embedding(ids)
         if not self.training or not self.p:
             return rows

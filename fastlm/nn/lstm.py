@@ -116,9 +116,11 @@ class LSTM(torch.nn.Module):
             `(output, (h_n, c_n))` in the form of the input; states in the dtype of `hx`, else of the input.
 
         Raises:
-            ValueError: a shape does not fit.
+            ValueError: a shape does not fit, or `hx` is no pair.
             TypeError: a dtype or device does not fit.
         """
+        if hx is not None and len(hx) != 2:
+            raise ValueError(f"hx must be a pair (h_0, c_0), got {len(hx)} tensors")
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() == 2:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import ops
 from fastlm.ops import _checks
@@ -118,6 +119,7 @@ class QRNNLayer(torch.nn.Module):
         Raises:
             ValueError: a shape or a length does not fit. TypeError: a dtype or device does not fit.
         """
+        _refuse_packed(input)
         if input.dim() != 3 or input.size(-1) != self.input_size:
             raise ValueError(f"input must have shape [T, B, {self.input_size}], got {list(input.shape)}")
         c, previous = self._unpack(hidden, input)
@@ -184,6 +186,11 @@ class QRNNLayer(torch.nn.Module):
             return history[history.size(0) - self.window + 1 :].clone()
         index = valid.sum(0) + torch.arange(self.window - 1, device=history.device).unsqueeze(1)
         return history.gather(0, index.unsqueeze(-1).expand(-1, -1, history.size(-1)))
+
+
+def _refuse_packed(input):
+    if isinstance(input, PackedSequence):
+        raise TypeError("input must be a tensor, got a PackedSequence: give the padded tensor and its lengths")
 
 
 def _flip(x, valid):
@@ -268,6 +275,7 @@ class QRNN(torch.nn.Module):
         Raises:
             ValueError: a shape or a length does not fit. TypeError: a dtype or device does not fit.
         """
+        _refuse_packed(input)
         x = input.transpose(0, 1) if self.batch_first else input
         directions = [self.layers, self.layers_reverse] if self.bidirectional else [self.layers]
         wanted = self.num_layers * len(directions)
