@@ -83,6 +83,18 @@ def test_banned_tokens_are_never_sampled(model):
     assert often not in text(model, tokens=60, banned=often)
 
 
+@pytest.mark.parametrize("cache", [None, NeuralCache(0.5, 0.3, 8), NeuralCache(0.5, 1.0, 8)])
+@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-40, 1e-3, 1.0])
+def test_the_likeliest_token_may_be_banned(model, temperature, cache):
+    with torch.no_grad():
+        model.decoder_bias[2] = 1000.0
+    assert text(model, tokens=3, temperature=0) == [2, 2, 2]
+    tokens = list(generate(model, torch.tensor([2, 2, 2]), 9, temperature=temperature, cache=cache, banned=2, seed=0))
+    assert len(tokens) == 9 and 2 not in tokens
+    if cache is None and 0 < temperature < 1e-3:
+        assert tokens == list(generate(model, torch.tensor([2, 2, 2]), 9, temperature=0, banned=2))
+
+
 def sampled(probabilities, n=400, greedy=False, top_k=0, top_p=1.0):
     generator = torch.Generator().manual_seed(0)
     return {choose(torch.tensor(probabilities), greedy, top_k, top_p, generator) for _ in range(n)}

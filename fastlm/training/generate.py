@@ -33,7 +33,7 @@ def generate(
         top_k: samples among this many most probable tokens only; 0 among all.
         top_p: samples among the fewest tokens whose probabilities reach this sum.
         cache: mixes in what was said so far, the prompt included.
-        banned: an id that is never sampled, as that of `<unk>`.
+        banned: an id that is never sampled, as that of `<unk>`; the others share its probability.
         seed: of the sampling; a fresh one when not given.
 
     Yields:
@@ -78,16 +78,23 @@ def _sample(model, prompt, tokens, temperature, top_k, top_p, cache, banned, gen
         for _ in range(tokens):
             out = model(window, state)
             state = out.state
-            logits = model.logits(out.hidden).float()
-            log_p = torch.log_softmax(logits / temperature if temperature else logits, -1)
+            logits = model.logits(out.hidden).double()
+            if banned is not None:
+                logits[..., banned] = -torch.inf
+            # Less their maximum, the logits stand any temperature: the largest stays 0, the others go to -inf at worst.
+            logits = logits - logits.amax(-1, keepdim=True)
+            log_p = torch.log_softmax(logits / temperature if temperature else logits, -1).float()
             if cache is None:
                 probabilities = log_p[-1, 0].exp()
             else:
                 for raw, ids, row in zip(out.raw, window, log_p, strict=True):
                     mixed, memory = cache.step(raw, ids, row, memory)
                 probabilities = mixed[0].exp()
-            if banned is not None:
-                probabilities[banned] = 0.0
+                if banned is not None:
+                    probabilities[banned] = 0.0
+                    # A cache that holds nothing else, at lambda 1, has no say.
+                    total = probabilities.sum()
+                    probabilities = torch.where(total > 0, probabilities / total, log_p[-1, 0].exp())
             token = choose(probabilities, temperature == 0, top_k, top_p, generator)
             yield token
             window = torch.full_like(window[:1], token)
