@@ -185,7 +185,7 @@ def finetune_recipe(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
         RecipeError: the model was trained by Adam, whose rate says nothing about that of SGD, and none is given.
     """
     if recipe.optimizer == "adam" and "lr" not in overrides:
-        raise RecipeError("finetuning is averaged SGD and this run was made by adam: set a rate, as in lr=5")
+        raise RecipeError("finetuning is averaged SGD and this run was made by adam: set a rate, as in --set lr=5")
     return override(recipe, {"optimizer": "asgd", "when": (), "max_seconds": 0.0, **overrides})
 
 
