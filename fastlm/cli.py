@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 
 from fastlm import __version__
 from fastlm.errors import FastlmError
+
+# The largest that the code behind takes: counts are 32 bits wide in places, torch's generators take 64 bits, and the
+# products of theta stay within float32.
+COUNT, SEED, THETA = 2**31 - 1, 2**64 - 1, math.nextafter(1e30, 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,10 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokens", type=_whole(0), default=100, help="how many to sample (default 100)")
     generate.add_argument("--temperature", type=_number(0), default=1.0, help="0: always the most probable token")
     generate.add_argument("--top-k", type=_whole(0), default=0, help="sample among this many tokens; 0: all")
-    generate.add_argument("--top-p", type=_number(0, 1), default=1.0, help="sample among this share of probability")
+    generate.add_argument(
+        "--top-p", type=_number(0, 1, above=True), default=1.0, help="sample among this share of probability"
+    )
     generate.add_argument("--cache", action="store_true", help="mix in the neural cache")
     _add_cache(generate)
-    generate.add_argument("--seed", type=_whole(0), help="the same seed gives the same text; default: a fresh one")
+    generate.add_argument(
+        "--seed", type=_whole(0, SEED), help="the same seed gives the same text; default: a fresh one"
+    )
 
     demo = command("demo", "train two small models on the embedded corpus, tune the cache, print one table")
     demo.add_argument("--out", default="runs/demo", help="folder for both runs (default runs/demo)")
@@ -108,26 +117,28 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     where = "default: tuned before, else from the recipe"
-    parser.add_argument("--theta", type=_number(0), help=f"flatness; {where}")
+    parser.add_argument("--theta", type=_number(0, THETA), help=f"flatness; {where}")
     parser.add_argument("--lambda", dest="lambda_", type=_number(0, 1), help=f"share of the cache; {where}")
     parser.add_argument("--window", type=_whole(1), help=f"how many words it looks back on; {where}")
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int = COUNT) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
         return value
 
     return whole_number
 
 
-def _number(least: float, most: float = float("inf")) -> Callable[[str], float]:
+def _number(least: float, most: float = sys.float_info.max, above: bool = False) -> Callable[[str], float]:
     def number(text: str) -> float:
         value = float(text)
-        if not least <= value <= most or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        if not least <= value <= most or (above and value == least):
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if above else 'at least'} {least}, at most {most}"
+            )
         return value
 
     return number

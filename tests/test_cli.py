@@ -33,6 +33,18 @@ def run(tmp_path, text, capsys):
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A run for many tests, which leave it as it was."""
+    folder = tmp_path_factory.mktemp("fitted")
+    text, out = write_text(folder / "text"), folder / "run"
+    settings = [*SETTINGS, "--set=epochs=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLM_CACHE", str(folder / "corpora"))
+        assert cli.main(["train", "--data", str(text), "--recipe", "ptb-lstm", "--out", str(out), *settings]) == 0
+    return out
+
+
 def last_json(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -118,6 +130,65 @@ def test_a_changed_text_is_noticed(run, text, capsys):
     assert "no longer, the one" in fails(capsys, "eval", "--run", run)
 
 
+WORD = {"word": "a", "model": 0.1, "cache": 0.1, "mixed": 0.1, "looked": [{"back": 1}]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "null", "{}", '{"theta": 1}', '{"theta": "1", "lambda": 0.1, "window": 5}'),
+        *(f'{{"theta": {theta}, "lambda": 0.1, "window": 5}}' for theta in (-1, 1e31, "NaN", "Infinity", "true")),
+        '{"theta": 1, "lambda": 2, "window": 5}',
+        '{"theta": 1, "lambda": 0.1, "window": 0}',
+        json.dumps({"theta": 1, "lambda": 0.1, "window": 5, "passage": [WORD]}),
+        "[" * 100_000,
+    ],
+)
+def test_damaged_cache_settings(fitted, content, capsys):
+    (fitted / "cache.json").write_text(content)
+    assert "cache.json" in fails(capsys, "cache", "--run", fitted)
+    assert "cache.json" in fails(capsys, "generate", "--run", fitted, "--cache")
+    (fitted / "cache.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("results.json", "{}"), ("results.json", "null"), ("metrics.jsonl", "null\n"), ("metrics.jsonl", b"\xff\n")]
+    + [("metrics.jsonl", f'{{"event": "{event}"}}\n') for event in ("train", "epoch", "feast")],
+)
+def test_damaged_figures(fitted, name, content, capsys):
+    before = (fitted / name).read_bytes()
+    (fitted / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert f"{name} cannot be read" in fails(capsys, "cache", "--run", fitted)
+    (fitted / name).write_bytes(before)
+    (fitted / "cache.json").unlink()
+
+
+@pytest.mark.parametrize("change", [{"words": ["<eos>"], "counts": [1]}, {"words": [1], "counts": [1]}, {"words": {}}])
+def test_a_damaged_vocabulary(fitted, change, capsys):
+    path = fitted / "vocabulary.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | change))
+    assert "vocabulary.json" in fails(capsys, "generate", "--run", fitted)
+    path.unlink()
+    assert "vocabulary.json is missing" in fails(capsys, "generate", "--run", fitted)
+    path.write_text(before)
+
+
+def test_a_window_takes_no_more_room_than_the_text(fitted, capsys):
+    texts = []
+    for window in (200, 2**31 - 1):
+        command = ["generate", "--run", str(fitted), "--cache", "--seed", "3", "--window", str(window), "--json"]
+        assert cli.main(command) == 0
+        texts.append(last_json(capsys)["text"])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99", "cpu:-3", ""])
+def test_devices_that_are_not_there(fitted, device, capsys):
+    assert "--device" in fails(capsys, "eval", "--run", fitted, "--device", device)
+
+
 def test_a_moved_text_is_found_by_data(run, text, tmp_path, capsys):
     text.rename(tmp_path / "moved")
     fails(capsys, "eval", "--run", run)
@@ -177,7 +248,12 @@ def test_wrong_command_lines(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    "option", ["--temperature=-1", "--top-p=2", "--top-k=-1", "--tokens=x", "--lambda=1.1", "--window=0", "--theta=inf"]
+    "option",
+    [
+        *("--temperature=-1", "--temperature=inf", "--top-p=2", "--top-p=0", "--top-k=-1", f"--top-k={10**20}"),
+        *("--tokens=x", "--lambda=1.1", "--window=0", f"--window={10**20}", "--theta=inf", "--theta=1e30"),
+        *("--seed=-1", f"--seed={2**64}"),
+    ],
 )
 def test_options_out_of_range(option, capsys):
     with pytest.raises(SystemExit):

@@ -220,7 +220,8 @@ def test_state_dict_holds_the_settings_as_a_tensor():
 
 def test_wrong_arguments():
     for args, message in [
-        ((-1.0, 0.1, 5), "theta must be finite and >= 0"),
+        ((-1.0, 0.1, 5), "theta must lie in"),
+        ((1e30, 0.1, 5), "theta must lie in"),
         ((1.0, 1.1, 5), "lambda_ must lie in"),
         ((1.0, 0.1, 0), "window must be an integer >= 1"),
     ]:

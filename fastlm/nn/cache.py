@@ -73,7 +73,7 @@ class NeuralCache(torch.nn.Module):
     The state is explicit, passed in and out; the state dict holds the settings.
 
     Args:
-        theta: flatness, >= 0. lambda_: weight of the cache, in [0, 1]. window: pairs to look back on, >= 1.
+        theta: flatness, in [0, 1e30). lambda_: weight of the cache, in [0, 1]. window: pairs to look back on, >= 1.
         compat: `"awd-lstm-lm"` leaves the cache out until more than `window` pairs lie behind, as that code does.
 
     Raises:
@@ -88,11 +88,9 @@ class NeuralCache(torch.nn.Module):
         self._set(theta, lambda_, window)
 
     def _set(self, theta, lambda_, window):
-        if not 0.0 <= theta < math.inf:
-            raise ValueError(f"theta must be finite and >= 0, got {theta}")
         if window != int(window) or window < 1:
             raise ValueError(f"window must be an integer >= 1, got {window}")
-        self.theta = float(theta)
+        self.theta = _checks.theta(theta)
         self.lambda_ = _checks.probability("lambda_", lambda_)
         self.window = int(window)
 

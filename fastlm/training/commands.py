@@ -95,6 +95,10 @@ def generate(args: Namespace) -> Result:
     vocabulary = run_vocabulary(args.run)
     ids = _prompt(args.prompt, vocabulary)
     seed = torch.Generator().seed() if args.seed is None else args.seed
+    cache = _cache(args) if args.cache else None
+    if cache is not None:
+        # A longer window would only be room that stays empty.
+        cache.window = min(cache.window, len(ids) + args.tokens)
     model = run_model(args.run, _device(args))
     sampled = sample(
         model,
@@ -103,7 +107,7 @@ def generate(args: Namespace) -> Result:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        cache=_cache(args) if args.cache else None,
+        cache=cache,
         banned=vocabulary.unk_id,
         seed=seed,
     )
@@ -159,7 +163,9 @@ def _device(args: Namespace) -> str:
     if args.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return str(torch.empty(0, device=args.device).device)
+        probe = torch.zeros(1, device=args.device)
+        probe.item()  # a device that has no values, as meta, fails here
+        return str(probe.device)
     except (RuntimeError, AssertionError) as e:
         raise FastlmError(f"--device {args.device}: {str(e).splitlines()[0]}") from e
 

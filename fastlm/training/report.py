@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastlm.errors import FastlmError
+from fastlm.training.forms import check_event
 from fastlm.training.metrics import read_metrics
 from fastlm.training.progress import duration, say
 from fastlm.training.run import read_json, read_run, write_file
@@ -34,11 +36,11 @@ def write_report(run_dir: str | Path) -> None:
     """Writes loss.png, where matplotlib is there, and report.html.
 
     Raises:
-        FastlmError: there is no run in the folder.
+        FastlmError: there is no run in the folder, or a file of it cannot be read.
     """
     run_dir = Path(run_dir)
     recipe = asdict(read_run(run_dir).recipe)
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    metrics = _read_events(run_dir / "metrics.jsonl")
     results, cache = read_json(run_dir / "results.json"), read_json(run_dir / "cache.json")
     png = draw_curves(metrics)
     if png is None:
@@ -46,6 +48,16 @@ def write_report(run_dir: str | Path) -> None:
     else:
         write_file(run_dir / "loss.png", png)
     write_file(run_dir / "report.html", render(run_dir.resolve().name, recipe, metrics, results, cache, png))
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    try:
+        metrics = read_metrics(path)
+        for number, record in enumerate(metrics, 1):
+            check_event(record, f"line {number}")
+    except (OSError, ValueError) as e:
+        raise FastlmError(f"{path} cannot be read: {e}") from e
+    return metrics
 
 
 def draw_curves(metrics: list[dict[str, Any]]) -> bytes | None:

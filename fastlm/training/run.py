@@ -21,6 +21,7 @@ from fastlm.errors import DataError, FastlmError, RecipeError
 from fastlm.models import LanguageModel
 from fastlm.nn import NeuralCache
 from fastlm.training.checkpoint import load_checkpoint, load_weights, write_file
+from fastlm.training.forms import FORMS, check_form
 from fastlm.training.metrics import finite
 from fastlm.training.recipe import CHANGEABLE, Recipe, make_recipe
 
@@ -109,12 +110,22 @@ def run_corpus(config: RunConfig, source: str | None = None) -> Corpus:
 
 
 def run_vocabulary(run_dir: str | Path) -> Vocabulary:
-    """The vocabulary of a run."""
-    path = Path(run_dir) / "vocabulary.json"
+    """The vocabulary of a run.
+
+    Raises:
+        FastlmError: it is missing, cannot be read or is not the one that the model was made for.
+    """
+    path, size = Path(run_dir) / "vocabulary.json", read_run(run_dir).vocab_size
+    values = read_json(path)
+    if values is None:
+        raise FastlmError(f"{path} is missing")
     try:
-        return Vocabulary.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise FastlmError(f"{path} cannot be read: {type(e).__name__}: {e}") from e
+        vocabulary = Vocabulary.from_dict(values)
+    except ValueError as e:
+        raise FastlmError(f"{path} cannot be read: {e}") from e
+    if len(vocabulary) != size:
+        raise FastlmError(f"{path} has {len(vocabulary)} words, the model of this run {size}: the file is damaged")
+    return vocabulary
 
 
 def run_model(run_dir: str | Path, device: str = "cpu") -> LanguageModel:
@@ -128,28 +139,37 @@ def run_model(run_dir: str | Path, device: str = "cpu") -> LanguageModel:
 def run_cache(
     run_dir: str | Path, theta: float | None = None, lambda_: float | None = None, window: int | None = None
 ) -> NeuralCache:
-    """The cache of a run; what is not given comes from its cache.json, else from its recipe."""
+    """The cache of a run; what is not given comes from its cache.json, else from its recipe.
+
+    Raises:
+        FastlmError: a setting is out of range, or cache.json cannot be read.
+    """
     recipe, tuned = read_run(run_dir).recipe, read_json(Path(run_dir) / "cache.json")
     known = tuned or {"theta": recipe.cache_theta, "lambda": recipe.cache_lambda, "window": recipe.cache_window}
-    return NeuralCache(
-        known["theta"] if theta is None else theta,
-        known["lambda"] if lambda_ is None else lambda_,
-        known["window"] if window is None else window,
-        compat=recipe.compat or None,
-    )
+    try:
+        return NeuralCache(
+            known["theta"] if theta is None else theta,
+            known["lambda"] if lambda_ is None else lambda_,
+            known["window"] if window is None else window,
+            compat=recipe.compat or None,
+        )
+    except ValueError as e:
+        raise FastlmError(f"the cache of {run_dir} ({'cache.json' if tuned else 'config.toml'}): {e}") from e
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of results.json or cache.json, None where there is none.
+    """The content of results.json, cache.json or vocabulary.json, None where there is none.
 
     Raises:
-        FastlmError: it is there and cannot be read.
+        FastlmError: it is there and cannot be read, or is not of its form.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        check_form(value, FORMS[path.name], "it")
+        return value
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise FastlmError(f"{path} cannot be read: {e}") from e
 
 
