@@ -1,7 +1,8 @@
 """The command `fastlm`: train, finetune, eval, cache, generate, demo, info.
 
 What a command prints goes to stdout and its progress to stderr. With `--json` the last line of stdout is one JSON
-object. A problem with what the user gave is one line on stderr and exit status 2; Ctrl-C is status 130.
+object, in which a figure that is not finite is null. A problem with what the user gave is one line on stderr and exit
+status 2; Ctrl-C is status 130, a reader of the output that has gone 141.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -22,7 +24,20 @@ COUNT, SEED, THETA = 2**31 - 1, 2**64 - 1, math.nextafter(1e30, 0)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
+    except BrokenPipeError:
+        # What is left in the buffers goes nowhere, or Python would complain about it on its way out.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return 141
+
+
+def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["info"]:
         from fastlm import info
 
@@ -36,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastlm: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (FastlmError, OSError) as e:
         print(f"fastlm: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

@@ -296,6 +296,20 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path, text):
     assert err.splitlines()[-1].endswith(f"go on with: fastlm train --out {out} --resume")
 
 
+@pytest.mark.parametrize("command", [["info"], ["info", "--json"], ["eval"], ["eval", "--json"]])
+def test_a_reader_that_has_gone_is_no_error(fitted, command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*command, "--run", str(fitted)] if command[0] == "eval" else command
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "fastlm.cli", *command], stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(writer)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
 def rows(plain, cached):
     return [
         {"model": "unigram", "valid ppl": 400.0, "test ppl": 400.0},
