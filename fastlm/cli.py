@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastlm import __version__
 from fastlm.errors import FastlmError
@@ -57,8 +58,17 @@ def _run(arguments: list[str]) -> int:
         print(f"fastlm: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     if args.json and result is not None:
-        print(json.dumps(result))
+        print(json.dumps(_finite(result), allow_nan=False))
     return status
+
+
+def _finite(value: Any) -> Any:
+    """The value with None, which JSON has a word for, where a number is infinite or not one."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -246,10 +246,10 @@ def render(report: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; the exit status is 0 whatever it says."""
     parser = argparse.ArgumentParser(prog="fastlm info", description="What is installed, loaded and used.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on one line")
     options = parser.parse_args(arguments)
     report = collect()
-    print(json.dumps(report, indent=2) if options.json else render(report))
+    print(json.dumps(report) if options.json else render(report))
     return 0
 
 

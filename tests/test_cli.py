@@ -9,7 +9,7 @@ import pytest
 from tiny_run import SMALL, write_text
 
 from fastlm import cli
-from fastlm.training import demo
+from fastlm.training import commands, demo
 
 SETTINGS = [f"--set={key}={value}" for key, value in {**SMALL, "epochs": 2}.items()]
 
@@ -308,6 +308,23 @@ def test_a_reader_that_has_gone_is_no_error(fitted, command):
     finally:
         os.close(writer)
     assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_json_has_null_for_what_is_no_number(monkeypatch, capsys):
+    result = {"ppl": float("inf"), "of": [float("nan"), 1.5, {"nll": -float("inf")}], "split": "test", "n": 2}
+    monkeypatch.setattr(commands, "evaluate", lambda args: (0, result))
+    assert cli.main(["eval", "--run", "x", "--json"]) == 0
+    out = capsys.readouterr().out
+    wanted = {"ppl": None, "of": [None, 1.5, {"nll": None}], "split": "test", "n": 2}
+    assert json.loads(out, parse_constant=pytest.fail) == wanted
+
+
+def test_a_drawn_seed_is_a_number_that_json_keeps(fitted, capsys):
+    seeds = set()
+    for _ in range(5):
+        assert cli.main(["generate", "--run", str(fitted), "--tokens", "0", "--json"]) == 0
+        seeds.add(last_json(capsys)["seed"])
+    assert len(seeds) == 5 and max(seeds) < 2**53
 
 
 def rows(plain, cached):

@@ -46,6 +46,10 @@ def test_json_names_everything(report):
         assert module["loaded"] is (module["reason"] is None)
 
 
+def test_json_is_one_line():
+    assert run("--json").count("\n") == 1
+
+
 def test_auto_is_what_a_call_takes(report):
     import torch
 

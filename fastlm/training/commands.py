@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shlex
 from argparse import Namespace
 from pathlib import Path
@@ -94,7 +95,8 @@ def generate(args: Namespace) -> Result:
     read_run(args.run)
     vocabulary = run_vocabulary(args.run)
     ids = _prompt(args.prompt, vocabulary)
-    seed = torch.Generator().seed() if args.seed is None else args.seed
+    # 53 bits: JSON is also read by programs whose numbers are all doubles.
+    seed = secrets.randbits(53) if args.seed is None else args.seed
     cache = _cache(args) if args.cache else None
     if cache is not None:
         # A longer window would only be room that stays empty.
