@@ -125,6 +125,13 @@ def test_one_line_errors(run, text, tmp_path, capsys):
     assert "lambda" in fails(capsys, "cache", "--run", run, "--tune", "--lambda", "0.1")
 
 
+def test_no_run_is_made_in_a_folder_without_a_name(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "--out" in fails(capsys, "train", "--data", text, "--recipe", "ptb-lstm", "--out", "", *SETTINGS)
+    assert "--out" in fails(capsys, "demo", "--out", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
 def test_a_changed_text_is_noticed(run, text, capsys):
     (text / "train.txt").write_text("another text\n" * 50)
     assert "no longer, the one" in fails(capsys, "eval", "--run", run)

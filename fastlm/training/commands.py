@@ -31,6 +31,7 @@ INTERRUPTED = 130
 
 def train(args: Namespace) -> Result:
     """Trains by a recipe, or goes on with a run."""
+    _check_out(args)
     settings = dict(parse_override(text) for text in args.set)
     if args.resume:
         config = read_run(args.out)
@@ -120,6 +121,7 @@ def generate(args: Namespace) -> Result:
 
 def demo(args: Namespace) -> Result:
     """Trains, tunes and tests two small models and checks what they reach."""
+    _check_out(args)
     try:
         rows = demonstration.run_demo(args.out, _device(args))
     except Interrupted as e:
@@ -154,6 +156,11 @@ def _fit(trainer: Trainer, again: str) -> Result:
 def _line(split: str, result: Evaluation, level: str) -> str:
     bits = "" if level == "word" else f", {result.bpc:.4f} bits per {level}"
     return f"{split}: perplexity {result.ppl:.2f}, loss {result.nll:.4f}{bits}, {result.tokens:,} tokens"
+
+
+def _check_out(args: Namespace) -> None:
+    if not args.out:
+        raise FastlmError("--out must name a folder, got an empty name")
 
 
 def _source(data: str | None) -> str | None:
