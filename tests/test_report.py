@@ -200,3 +200,11 @@ def test_a_report_of_figures_that_are_no_numbers(tmp_path):
     assert "infinite" in (tmp_path / "report.html").read_text()
     write_json(tmp_path / "cache.json", {"valid": [1.0, math.nan]})
     assert json.loads((tmp_path / "cache.json").read_text()) == {"valid": [1.0, None]}
+
+
+def test_the_passage_of_a_text_shorter_than_the_window_is_its_end(run):
+    folder, corpus = run
+    result = cache_run(folder, run_model(folder), corpus, NeuralCache(0.5, 0.3, 10 * len(corpus.test)))
+    words = [corpus.vocabulary.words[i] for i in corpus.test]
+    assert [w["word"] for w in result["passage"]] == words[-len(result["passage"]) :]
+    assert "the end of a text that is too short" in "".join(Page((folder / "report.html").read_text()).words)

@@ -156,9 +156,10 @@ def _passage(cache: dict[str, Any]) -> str:
     )
     return (
         "<h2>What the cache sees</h2>"
-        '<p class="faint">The first passage of the test text for which the cache is full. The deeper the shade of a '
-        "word, the higher the probability that the cache alone gave it, from the words before it. Hold the pointer "
-        "over a word, or open the list below, for the words that it looked back to, and how far back they are.</p>"
+        '<p class="faint">A passage of the test text: the first for which the cache is full, or the end of a text that '
+        "is too short to fill it. The deeper the shade of a word, the higher the probability that the cache alone gave "
+        "it, from the words before it. Hold the pointer over a word, or open the list below, for the words that it "
+        "looked back to, and how far back they are.</p>"
         f'<p class="passage">{words}</p>'
         '<details><summary>word by word</summary><div class="wide"><table class="words">'
         "<tr><th>word</th><th>model</th><th>cache</th><th>mixed</th><th>looked back to (weight, words ago)</th></tr>"
