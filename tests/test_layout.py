@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 import warnings
@@ -111,6 +112,15 @@ def test_sizes():
     long = [f"{name} ({count})" for name, count in sorted(lines.items()) if count > 300]
     if long:
         warnings.warn(f"a file should seldom have more than 300 lines: {', '.join(long)}", stacklevel=1)
+
+
+def test_every_variable_of_the_environment_is_in_the_table():
+    files = [path for folder in ("fastlm", "csrc", "tests") for path in (ROOT / folder).rglob("*.[cp]*")]
+    files.append(ROOT / "setup.py")
+    read = re.compile(r"""(?:environ(?:\.get)?[\[(]|getenv\()"(FASTLM_\w+)""")
+    used = {name for path in files if path.suffix in (".py", ".cpp") for name in read.findall(path.read_text())}
+    table = set(re.findall(r"^\| `(FASTLM_\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
+    assert used == table
 
 
 @pytest.mark.parametrize("path", package_files(), ids=relative)
