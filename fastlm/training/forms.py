@@ -6,10 +6,11 @@ from typing import Any
 
 Form = type | dict[str, Any] | list[Any]  # keys that end in "?" may be missing; every entry of a list has one form
 
-_SCORE = {"nll": float, "tokens": int, "ppl": float, "bpc": float}
+FIGURE = float | None  # null stands for what is not finite
+_SCORE = {"nll": FIGURE, "tokens": int, "ppl": FIGURE, "bpc": FIGURE}
 _SCORES = {"plain": _SCORE, "cached": _SCORE}
 _LOOKED = {"back": int, "word": str, "weight": float}
-_WORD = {"word": str, "model": float, "cache": float, "mixed": float, "looked": [_LOOKED]}
+_WORD = {"word": str, "model": FIGURE, "cache": FIGURE, "mixed": FIGURE, "looked": [_LOOKED]}
 FORMS: dict[str, Form] = {
     "results.json": {
         **{"parameters": int, "epochs": int, "steps": int, "seconds": float, "tokens_per_second": float},
@@ -22,8 +23,8 @@ FORMS: dict[str, Form] = {
     "vocabulary.json": {"level": str, "words": [str], "counts": [int]},
 }
 EVENTS: dict[str, Form] = {  # the lines of metrics.jsonl, as far as the report reads them
-    "train": {"step": int, "ppl": float},
-    "epoch": {"step": int, "averaging": bool, "valid_nll": float, "valid_ppl": float, "valid_bpc": float},
+    "train": {"step": int, "ppl": FIGURE},
+    "epoch": {"step": int, "averaging": bool, "valid_nll": FIGURE, "valid_ppl": FIGURE, "valid_bpc": FIGURE},
 }
 
 
@@ -41,8 +42,8 @@ def check_form(value: Any, form: Form, name: str) -> None:
         _check_type(value, list, name)
         for i, entry in enumerate(value):
             check_form(entry, form[0], f"{name}[{i}]")
-    else:
-        _check_type(value, form, name)
+    elif form != FIGURE or value is not None:
+        _check_type(value, float if form == FIGURE else form, name)
 
 
 def check_event(value: Any, name: str) -> None:
