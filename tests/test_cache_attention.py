@@ -354,15 +354,15 @@ def test_ids_that_do_not_fit_raise_instead_of_matching(run, impl):
     hidden, next_ids = stream(6, 3, 4)
     for large in (next_ids + 2**32, next_ids - 2**32):
         with pytest.raises(ValueError, match=r"^next_ids must lie in \[-2147483648, 2147483648\), 32 bits, got -?\d+$"):
-            run(hidden, large, theta=1.0, window=3, impl=impl)
+            run(impl, hidden, large, theta=1.0, window=3)
         with pytest.raises(ValueError, match=r"^memory\[1\] must lie in"):
-            run(hidden, next_ids, theta=1.0, window=3, memory=(hidden, large), impl=impl)
+            run(impl, hidden, next_ids, theta=1.0, window=3, memory=(hidden, large))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_huge_windows_see_everything(run, impl):
     hidden, next_ids = stream(30, 3, 4)
-    options = dict(theta=[0.5, 1.0], memory=(hidden[:9], next_ids[:9]), impl=impl)
-    expected = run(hidden, next_ids, window=[5, 39, 39], **options)
-    actual = run(hidden, next_ids, window=[5, 2**62, 10**30], **options)
+    options = dict(theta=[0.5, 1.0], memory=(hidden[:9], next_ids[:9]))
+    expected = run(impl, hidden, next_ids, window=[5, 39, 39], **options)
+    actual = run(impl, hidden, next_ids, window=[5, 2**62, 10**30], **options)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
