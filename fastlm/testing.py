@@ -32,11 +32,21 @@ def assert_accurate(name: str, actual: torch.Tensor, plain: torch.Tensor, exact:
     assert ours <= 2 * theirs + 1e-6, f"{name}: error {ours:.3g}, plain PyTorch's {theirs:.3g}"
 
 
-def assert_close(name: str, actual: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-6) -> None:
-    """Assert equal shapes and a relative error in the 2-norm of at most `tolerance`."""
+def assert_close(
+    name: str, actual: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-6, *, scale: float = 0.0
+) -> None:
+    """Assert equal shapes and a small error in the 2-norm.
+
+    Args:
+        name: what is compared, for the message. actual: the result under test. exact: the float64 result.
+        tolerance: what the error may be, relative to the norm of `exact`.
+        scale: the size of what the elements are computed from. Where they cancel, the error is relative to the norm
+            of a tensor of such elements instead: a lone element near zero has no digits to compare.
+    """
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
-    ours = error(actual, exact)
-    assert ours <= tolerance, f"{name}: error {ours:.3g} > {tolerance:.3g}"
+    distance = (actual.double() - exact.double()).norm().item()
+    norm = max(exact.double().norm().item(), scale * exact.numel() ** 0.5) or 1.0
+    assert distance <= tolerance * norm, f"{name}: error {distance / norm:.3g} > {tolerance:.3g}"
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from fastlm import _lib
+
+# The same examples at every run: a failure belongs to a change, not to the luck of the draw.
+settings.register_profile("fastlm", derandomize=True, deadline=None)
+settings.load_profile("fastlm")
 
 PACKAGE_ROOT = Path(_lib.__file__).resolve().parents[1]  # of the fastlm under test, in the tree or installed
 
