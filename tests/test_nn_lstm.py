@@ -260,20 +260,34 @@ def test_functional_call_and_func_grad():
     assert not torch.allclose(loss(doubled), loss(parameters))
 
 
-def test_data_parallel(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        lstm = nn.LSTM(4, 6, num_layers=2, weight_dropout=0.5)
-        before = copy.deepcopy(lstm.state_dict())
-        parallel = torch.nn.parallel.DistributedDataParallel(lstm, gradient_as_bucket_view=True)
-        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
-        for _ in range(2):
-            optimizer.zero_grad()
-            parallel(torch.randn(3, 2, 4))[0].square().sum().backward()
-            optimizer.step()
-        assert all(not torch.equal(p, before[name]) for name, p in lstm.named_parameters())
-    finally:
-        torch.distributed.destroy_process_group()
+DATA_PARALLEL = """
+import copy, os, sys, traceback
+import torch
+from fastlm import nn
+
+try:
+    torch.distributed.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=0, world_size=1)
+    lstm = nn.LSTM(4, 6, num_layers=2, weight_dropout=0.5)
+    before = copy.deepcopy(lstm.state_dict())
+    parallel = torch.nn.parallel.DistributedDataParallel(lstm, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        parallel(torch.randn(3, 2, 4))[0].square().sum().backward()
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in lstm.named_parameters())
+    status = 0
+except BaseException:
+    traceback.print_exc()
+    status = 1
+sys.stderr.flush()
+os._exit(status)
+"""
+
+
+def test_data_parallel(fresh_python, tmp_path):
+    # os._exit: the last reference to PyTorch's process group joins a thread that may be waiting for the GIL
+    fresh_python(DATA_PARALLEL, STORE=str(tmp_path / "store"))
 
 
 def test_repr_shows_what_is_not_default():
