@@ -9,6 +9,7 @@ stops all of them after the same step, and time is what the clock of rank 0 says
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -138,4 +139,6 @@ def join(device: str) -> Iterator[tuple[Ranks, str]]:
                 stack.enter_context(redirect_stderr(void))
             yield Ranks(dist.get_rank(), dist.get_world_size()), device
     finally:
+        # Destroying the group joins gloo's threads with the GIL held: they need it first, to drop their last tensors.
+        time.sleep(0.1)
         dist.destroy_process_group()
