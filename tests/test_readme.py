@@ -46,7 +46,8 @@ def test_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = str(write_text(tmp_path / "text"))
     sizes = {key: value for key, value in SMALL.items() if key != "lr"}
-    commands = [shlex.split(line, comments=True) for line in re.findall(r"^fastlm (.+)$", README, re.MULTILINE)]
+    section = README.partition("## Models from the command line")[2].partition("\n## ")[0]
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^fastlm (.+)$", section, re.MULTILINE)]
     assert [command[0] for command in commands] == ["train", "finetune", "eval", "cache", "generate"]
     for command in commands:
         arguments = [text if argument == "stdlib" else argument for argument in command]
