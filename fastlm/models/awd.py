@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastlm import nn, ops
-from fastlm.ops import _checks
+from fastlm.ops import _checks, _matmul
 
 State = tuple[tuple[Tensor, ...], ...]
 
@@ -198,7 +197,7 @@ class LanguageModel(torch.nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every word, `[..., V]`, for `hidden [..., D]`."""
-        return F.linear(hidden, self.output_weight, self.decoder_bias)
+        return _matmul.linear(hidden, self.output_weight, self.decoder_bias)
 
     def loss(self, tokens: Tensor, targets: Tensor, state: State | None = None) -> LossOutput:
         """The training loss of the next `[T, B]` tokens, whose next words are `targets [T, B]`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import ops
-from fastlm.ops import _checks
+from fastlm.ops import _checks, _matmul
 
 GATES = {"f": 2, "fo": 3, "ifo": 4}
 CLOSED = -1e4  # a pre-activation whose sigmoid is 0 in every dtype
@@ -129,7 +129,7 @@ class QRNNLayer(torch.nn.Module):
         if self.reverse:
             input = _flip(input, valid)
         history = torch.cat([previous.to(input.dtype), input])  # [window - 1 + T, B, I]
-        gates = F.linear(self._windows(history), self._weight(), self.linear.bias)
+        gates = _matmul.linear(self._windows(history), self._weight(), self.linear.bias)
         if valid is not None:
             gates = self._close(gates, valid)
         h, c = ops.qrnn_pool(gates, c, pooling=self.pooling, zoneout=self.zoneout, training=self.training)
