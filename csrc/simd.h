@@ -176,6 +176,40 @@ FASTLM_INLINE void store(T* p, vec v, int64_t n) {
   std::memcpy(p, tile, n * sizeof(T));
 }
 
+// ---- past the caches: a line asked for early into the second-level cache, and stores that do not read what they
+// overwrite. A stream store wants the alignment of a whole vector; stream_fence() before another thread reads.
+template <typename T>
+FASTLM_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+#if defined(__AVX512F__)
+FASTLM_INLINE void stream(float* p, vec v) { _mm512_stream_ps(p, (__m512)v); }
+#elif defined(__AVX2__)
+FASTLM_INLINE void stream(float* p, vec v) { _mm256_stream_ps(p, (__m256)v); }
+#elif defined(__SSE2__)
+FASTLM_INLINE void stream(float* p, vec v) { _mm_stream_ps(p, (__m128)v); }
+#else
+FASTLM_INLINE void stream(float* p, vec v) { store(p, v); }
+#endif
+
+template <typename T>
+FASTLM_INLINE void stream(T* p, vec v) {
+#if defined(__AVX512F__)
+  T tile[kWidth];
+  store(tile, v);
+  _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)tile));
+#else
+  store(p, v);
+#endif
+}
+
+FASTLM_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Calls body(j, n) for j = 0, kWidth, ... below `count`, with n the elements from j on, kWidth at most: a constant but
 // in the last call, so that load(p, n) and store(p, v, n) cost nothing before.
 template <typename Body>

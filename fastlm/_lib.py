@@ -127,7 +127,7 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
         impl = DEFAULT_IMPL
     if impl == "auto":
         if native(op, device):
-            return device if tensor.dtype in dtypes else "reference"
+            return device if tensor.dtype in dtypes else (*extra, "reference")[0]
         return extra[0] if extra else "fallback"
     if impl == "reference" or impl in extra:
         return impl

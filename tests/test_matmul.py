@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlm import nn, testing
+from fastlm import nn, ops, testing
 from fastlm.ops import _matmul
 
 SHAPES = [(1, 1, 1), (3, 1, 5), (1, 17, 4), (0, 3, 4), (3, 0, 4), (3, 4, 0), (33, 130, 65), (70, 1150, 100)]  # M, N, K
@@ -84,6 +84,45 @@ def test_the_rule(monkeypatch):
     assert not chosen(1400, 4600, 1150, "NT", device="meta")
     monkeypatch.setattr(_matmul, "_amd", lambda: False)
     assert not any(chosen(1400, 4600, 1150, layout) for layout in LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (5, 3, 7), (0, 4, 3), (4, 0, 3), (4, 3, 0), (90, 65, 70), (600, 30, 1537), (40, 64, 3100)],
+    ids=str,
+)
+@pytest.mark.parametrize("dropped", [False, True])
+def test_own_kernel(shape, dropped):
+    """A transposed a, in one stretch of K and in several, and the mask of a dropped weight on the result."""
+    (M, N, K), seed = shape, torch.tensor(99) if dropped else None
+    a, b = torch.randn(K, M), torch.randn(K, N)
+    exact = a.double().t() @ b.double()
+    if dropped:
+        exact = torch.where(ops.dropconnect_mask((M, N), 0.4, seed), exact / 0.6, 0)
+    for x, y in ((a, b), (testing.strided(a), b[:, :1].expand(K, N) if N == 1 else b)):
+        testing.assert_accurate("product", torch.ops.fastlm.matmul_tn(x, y, seed, 0.4), a.t() @ b, exact)
+    torch.library.opcheck(torch.ops.fastlm.matmul_tn.default, (a, b, seed, 0.4))
+
+
+def test_own_kernel_from_any_number_of_threads():
+    a, b = torch.randn(300, 700), torch.randn(300, 90)
+    before, products = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        products.append(torch.ops.fastlm.matmul_tn(a, b, torch.tensor(3), 0.5))
+    torch.set_num_threads(before)
+    assert torch.equal(products[0], products[1]) and torch.equal(products[0], products[2])
+
+
+@pytest.mark.parametrize("size", [(40, 5, 6), (600, 130, 70)])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_gradient_of_a_dropped_weight(size, dtype, monkeypatch):
+    monkeypatch.setattr(_matmul, "_amd", lambda: True)
+    (M, N, K), seed = size, torch.tensor(5)
+    grad, x = matrix(K, M, dtype=dtype), matrix(K, N, dtype=dtype)
+    exact = torch.where(ops.dropconnect_mask((M, N), 0.3, seed), grad.double().t() @ x.double() / 0.7, 0)
+    plain = torch.where(ops.dropconnect_mask((M, N), 0.3, seed), grad.t() @ x / 0.7, 0)
+    testing.assert_accurate("gradient", _matmul.weight_gradient(grad, x, seed, 0.3), plain, exact)
 
 
 def test_wrong_shapes_raise_like_mm(everything):

@@ -1,4 +1,4 @@
-"""Large matrix products: one rule says which of PyTorch's own GEMMs makes them.
+"""Large matrix products: one rule says which GEMM makes them, one of PyTorch's or, where a is transposed, fastlm's.
 
 On AMD the library behind `torch.mm` reaches half to three quarters of what oneDNN reaches in float32. GF/s, mm then
 oneDNN, for `[M, K] x [K, N]` on two cores of an EPYC 9004 (peak 230), PyTorch 2.13, medians of interleaved runs, b
@@ -11,8 +11,13 @@ row-major; a transposed b, as in x @ w.t(), gains a little less:
                     4600 x 800 x 1400   189 184    4600 x 600 x 1400    192 176    1400 x 400 x 10000  166 102
 
 oneDNN's operator copies a transposed a first, at a price that goes with 1 / N; turned around, as (b^T a)^T, it copies b
-and the result instead and gains nothing over mm. In bfloat16 mm is oneDNN already, and within 5 % of it. A first call
-with a new shape costs below 2 ms more; oneDNN remembers the last 1024.
+and the result instead and gains nothing over mm. `csrc/matmul.cpp` packs a as it goes. GF/s, mm, oneDNN, own:
+
+    a transposed    4600 x 1150 x 1400  126 186 203   4600 x 1150 x 5600  125 147 192   4600 x 400 x 1400  154 147 178
+    (M x N x K)     1600 x 1150 x 1400  162 183 193   10000 x 400 x 1400  186 118 193   4650 x 800 x 1400  188 171 197
+
+In bfloat16 mm is oneDNN already, and within 5 % of it. A first call with a new shape costs below 2 ms more; oneDNN
+remembers the last 1024.
 """
 
 from functools import cache
@@ -22,7 +27,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm import _lib
+from fastlm.ops.dropconnect import dropconnect
+
+_lib.define("matmul_tn(Tensor a, Tensor b, Tensor? seed, float p) -> Tensor")
+
+
+def _matmul_tn(a, b, seed, p):
+    product = a.t() @ b
+    return product if seed is None else dropconnect(product, p, seed, impl="reference")
+
+
+_lib.reference("matmul_tn", _matmul_tn)
+_lib.fake("matmul_tn", lambda a, b, seed, p: a.new_empty(a.shape[1], b.shape[1]))
+_own = torch.ops.fastlm.matmul_tn.default
+
 _LEAST = 4_000_000  # multiplications; below, oneDNN's 30 us a call count
+_LEAST_M = 512  # rows of a^T that are enough work for a few threads
 _LEAST_N = 1024  # columns for which the copy of a transposed a pays
 
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -33,6 +54,21 @@ def _amd() -> bool:
     """Whether this is an AMD processor: on Intel's, mm is tuned for the machine, and others are not measured."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+@cache
+def _wide() -> bool:
+    """Whether fastlm's kernel is there and for 512-bit vectors, the only ones it is measured with."""
+    return ("matmul_tn", "cpu") in _lib.native_kernels and str(_lib.instruction_set()).startswith("avx512")
+
+
+def by_own(a: Tensor, b: Tensor) -> bool:
+    """Whether fastlm's kernel makes the product of `a^T` and `b`, `a [K, M]` and `b [K, N]` row-major."""
+    if not a.dtype == b.dtype == torch.float32 or a.device.type != "cpu" or a.shape[0] != b.shape[0]:
+        return False
+    if a.shape[1] < _LEAST_M or a.shape[0] * a.shape[1] * b.shape[1] < _LEAST:
+        return False
+    return a.is_contiguous() and b.is_contiguous() and _wide() and _amd()
 
 
 def by_onednn(a: Tensor, b: Tensor) -> bool:
@@ -56,10 +92,21 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
     It is as differentiable as `torch.mm`, which makes every product that a graph records.
     """
-    recorded = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    if recorded or not by_onednn(a, b):
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return torch.mm(a, b)
-    return _onednn(a, b.t(), None, "none", [], "")
+    if by_own(a.t(), b):
+        return _own(a.t(), b, None, 0.0)
+    return _onednn(a, b.t(), None, "none", [], "") if by_onednn(a, b) else torch.mm(a, b)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """`grad^T x` for `grad [K, M]` and `x [K, N]`, with the mask and scale of a weight `[M, N]` that was dropped.
+
+    The mask is that of `dropconnect`. Not differentiable.
+    """
+    if by_own(grad, x):
+        return _own(grad, x, seed, p)
+    return dropconnect(matmul(grad.t(), x), p, seed)
 
 
 class _Linear(torch.autograd.Function):

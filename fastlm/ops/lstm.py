@@ -23,14 +23,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlm import _lib
-from fastlm.ops import _checks
+from fastlm.ops import _checks, philox
+from fastlm.ops._matmul import linear, matmul, weight_gradient
 from fastlm.ops.dropconnect import dropconnect
 
 _INPUTS = "Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor bias, bool reverse"
 _lib.define(f"lstm_aten_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor)")
 _GRADIENTS = ", ".join(["Tensor"] * 6)
 _lib.define(f"lstm_aten_bwd(Tensor dy, Tensor dh, Tensor dc, Tensor y, {_INPUTS}) -> ({_GRADIENTS})")
-_lib.declare("lstm", extra=("aten",))
+_lib.define(
+    "lstm_fwd(Tensor projected, Tensor w_hh, Tensor h0, Tensor c0, Tensor? seed, float p, bool reverse, bool keep)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+)
+_lib.define(
+    "lstm_bwd(Tensor? dy, Tensor? dh, Tensor? dc, Tensor gates, Tensor cells, Tensor c0, Tensor w_hh, Tensor? seed,"
+    " float p, bool reverse) -> (Tensor da, Tensor dh0, Tensor dc0)"
+)
+_lib.declare("lstm", kernels=("lstm_fwd", "lstm_bwd"), extra=("aten",))
+UNITS = 16  # of one block of gates; csrc/lstm.cpp has the same
 
 
 def reference(x, h0, c0, w_ih, w_hh, b_ih=None, b_hh=None, reverse=False):
@@ -50,6 +60,132 @@ def reference(x, h0, c0, w_ih, w_hh, b_ih=None, b_hh=None, reverse=False):
         y.append(h)
     y = torch.stack(y[::-1] if reverse else y) if y else projected.new_zeros(0, *h0.shape)
     return y.to(x.dtype), h.to(h0.dtype), c.to(c0.dtype)
+
+
+def _masked(w_hh, p, seed):
+    return w_hh if seed is None else dropconnect(w_hh, p, seed, impl="reference")
+
+
+def _forward(projected, w_hh, h0, c0, seed, p, reverse, keep):
+    """The loop after the input product, for devices without a kernel. The gates are kept as [T, H / 16, B, 4, 16]."""
+    wide = torch.promote_types(projected.dtype, torch.float32)
+    recurrent = _masked(w_hh.to(wide), p, seed).t()
+    T, B, H = projected.shape[0], *h0.shape
+    h, c = h0.to(wide), c0.to(wide)
+    y, gates, cells = projected.new_empty(T, B, H), projected.new_zeros(T, B, 4, H), h.new_empty(T, B, H)
+    for t in reversed(range(T)) if reverse else range(T):
+        i, f, g, o = (projected[t] + h @ recurrent).chunk(4, dim=-1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c = f * c + i * g
+        h = o * c.tanh()
+        y[t], gates[t], cells[t] = h, torch.stack((i, f, g, o), 1), c
+    gates = F.pad(gates, (0, -H % UNITS)).view(T, B, 4, -(-H // UNITS), UNITS).permute(0, 3, 1, 2, 4)
+    kept = T if keep else 0
+    return y, h.to(h0.dtype, copy=True), c.to(c0.dtype, copy=True), gates[:kept].contiguous(), cells[:kept].clone()
+
+
+def _adjoint(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse):
+    """The adjoint down to the gradient of the projected inputs."""
+    T, B, H = cells.shape
+    recurrent = _masked(w_hh.to(cells.dtype), p, seed)
+    i, f, g, o = gates.to(cells.dtype).permute(3, 0, 2, 1, 4).flatten(3)[..., :H]
+    dh, dc = (torch.zeros_like(c0) if d is None else d for d in (dh, dc))
+    dh, dc, da = dh.to(cells.dtype), dc.to(cells.dtype), cells.new_empty(T, B, 4 * H)
+    for t in range(T) if reverse else reversed(range(T)):
+        earlier = t + 1 if reverse else t - 1
+        before = cells[earlier] if 0 <= earlier < T else c0.to(cells.dtype)
+        dh = dh if dy is None else dh + dy[t]
+        squashed = cells[t].tanh()
+        dc = dc + dh * o[t] * (1 - squashed**2)
+        by_gate = dc * g[t], dc * before, dc * i[t], dh * squashed
+        slopes = i[t] * (1 - i[t]), f[t] * (1 - f[t]), 1 - g[t] ** 2, o[t] * (1 - o[t])
+        da[t] = torch.cat([d * slope for d, slope in zip(by_gate, slopes, strict=True)], -1)
+        dh, dc = da[t] @ recurrent, dc * f[t]
+    return da.to(gates.dtype), dh.clone(), dc.clone()
+
+
+def _forward_fake(projected, w_hh, h0, c0, seed, p, reverse, keep):
+    T, B, H = projected.shape[0], *h0.shape
+    kept = T if keep else 0
+    return (
+        projected.new_empty(T, B, H),
+        h0.new_empty(B, H),
+        c0.new_empty(B, H),
+        projected.new_empty(kept, (H + UNITS - 1) // UNITS, B, 4, UNITS),
+        projected.new_empty(kept, B, H, dtype=torch.promote_types(projected.dtype, torch.float32)),
+    )
+
+
+def _adjoint_fake(dy, dh, dc, gates, cells, c0, *_):
+    T, B, H = cells.shape
+    return gates.new_empty(T, B, 4 * H), cells.new_empty(B, H), cells.new_empty(B, H)
+
+
+_lib.reference("lstm_fwd", _forward)
+_lib.reference("lstm_bwd", _adjoint)
+_lib.fake("lstm_fwd", _forward_fake)
+_lib.fake("lstm_bwd", _adjoint_fake)
+_fwd = torch.ops.fastlm.lstm_fwd.default
+_bwd = torch.ops.fastlm.lstm_bwd.default
+
+
+class _Kernel(torch.autograd.Function):
+    """The products of all steps together, and the kernel for the steps."""
+
+    @staticmethod
+    def forward(x, h0, c0, w_ih, w_hh, bias, seed, p, reverse):
+        return _fwd(linear(x, w_ih, bias), w_hh, h0, c0, seed, p, reverse, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, seed, ctx.p, ctx.reverse = inputs
+        ctx.set_materialize_grads(False)  # the gradients of the last states are absent whenever they are detached
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.save_for_backward(*tensors[:5], seed, output[0], *output[3:])
+        ctx.has_bias = tensors[5] is not None
+
+    @staticmethod
+    def backward(ctx, dy, dh, dc, *_):
+        needs = ctx.needs_input_grad[:6] if ctx.has_bias else (*ctx.needs_input_grad[:5], False)
+        return *_Adjoint.apply(dy, dh, dc, *ctx.saved_tensors, ctx.p, ctx.reverse, needs), None, None, None
+
+
+class _Adjoint(torch.autograd.Function):
+    # once_differentiable looks at the gradient alone: it would let second derivatives pass as zero without a word
+
+    @staticmethod
+    def forward(dy, dh, dc, x, h0, c0, w_ih, w_hh, seed, y, gates, cells, p, reverse, needs):
+        da, dh0, dc0 = _bwd(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse)
+        rows, dw_hh = da.flatten(0, 1), None
+        if needs[4]:
+            first = h0.to(y.dtype).unsqueeze(0)
+            before = torch.cat([y[1:], first] if reverse else [first, y[:-1]])[: len(y)].flatten(0, 1)  # h_{t-1}
+            dw_hh = matmul(rows.t(), before) if seed is None else weight_gradient(rows, before, seed, p)
+        return (
+            matmul(rows, w_ih).view(x.shape) if needs[0] else None,
+            dh0.to(h0.dtype) if needs[1] else None,
+            dc0.to(c0.dtype) if needs[2] else None,
+            matmul(rows.t(), x.flatten(0, 1)) if needs[3] else None,
+            dw_hh,
+            rows.sum(0) if needs[5] else None,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("lstm has no second derivative; impl='reference' has")
+
+
+def _kernel(x, h0, c0, w_ih, w_hh, b_ih, b_hh, seed, p, reverse):
+    c0 = c0.view_as(c0) if c0 is h0 else c0  # torch.compile takes no tensor twice in a Function
+    bias = b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh
+    tensors = (x, h0, c0, w_ih, w_hh, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Kernel.apply(*tensors, seed, p, reverse)[:3]
+    return _fwd(linear(x, w_ih, bias), w_hh, h0, c0, seed, p, reverse, False)[:3]
 
 
 def _aten(x, h0, c0, w_ih, w_hh, b_ih=None, b_hh=None, reverse=False):
@@ -198,12 +334,13 @@ def lstm(
         weight_dropout: probability of dropping an element of `w_hh`, in [0, 1]; one mask for the whole call.
         seed: int64 scalar tensor on the device of `x`; drawn from PyTorch's default generator when None.
         reverse: read from the last step to the first; outputs stay at the steps of their inputs.
-        impl: `"auto"`, `"reference"` or `"aten"`: PyTorch's own layer on a masked copy of `w_hh`. That runs in the
-            wider of the dtypes of `x` and the state (float16 in float32 on a CPU), so a float32 state stays exact.
+        impl: `"auto"`, `"reference"`, `"cpu"` or `"aten"`. `"cpu"` masks `w_hh` as it packs it, multiplies in the
+            dtype of `x` (float16 in float32) and keeps c in float32. `"aten"` is PyTorch's own layer on a masked copy
+            of `w_hh`, in the wider of the dtypes of `x` and the state (float16 in float32 on a CPU).
 
     Returns:
-        `(y, h_n, c_n)`: `[T, B, H]` in the dtype of `x`, and `[B, H]` each in the dtype of the state given. Compiled
-        or exported, `"aten"` is differentiable once; else as often as PyTorch's layer is on that device.
+        `(y, h_n, c_n)`: `[T, B, H]` in the dtype of `x`, and `[B, H]` each in the dtype of the state given. `"cpu"`,
+        and `"aten"` compiled or exported, is differentiable once; `"aten"` else as often as PyTorch's layer is.
 
     Raises:
         ValueError: wrong shape, or `weight_dropout` outside [0, 1]. TypeError: wrong dtype or device.
@@ -220,6 +357,14 @@ def lstm(
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     p = _checks.probability("weight_dropout", weight_dropout)
     chosen = _lib.resolve("lstm", impl, x)
+    if chosen == "cpu":
+        if p and seed is None:
+            seed = philox.draw_seed(x.device)
+        tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+        if x.dtype == torch.float16:  # the products of PyTorch are slow in it on a CPU
+            tensors = [None if t is None else t.float() for t in tensors]
+        outputs = _kernel(*tensors, seed if p else None, p, reverse)
+        return tuple(y.to(like.dtype) for y, like in zip(outputs, (x, h0, c0), strict=True))
     if p:
         w_hh = dropconnect(w_hh, p, seed, impl="reference" if chosen == "reference" else "auto")
     if chosen == "reference":
