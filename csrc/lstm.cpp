@@ -283,16 +283,15 @@ struct Backward {
 template <template <typename, typename> class Direction, typename T>
 void work(const LstmArgs& a, int64_t slot, int64_t phases) {
   const Direction<T, typename Operand<T>::type> direction{a};
-  const int64_t blocks = direction.blocks.blocks, group = lesser(blocks, kMaxRows / kTile);
+  // A few claims for each worker: the last panel may be narrow, and one that had its core taken away be late.
+  const int64_t blocks = direction.blocks.blocks, share = a.steps.items / (8 * a.steps.slots);
+  const int64_t most = lesser(greater(share, 1), kMaxRows / kTile);
   alignas(64) float tile[kMaxRows * kCols];
-  run_phase(a.packing, slot, 0, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) direction.pack(item);
-  });
+  run_phase(a.packing, slot, 0, 1, 1, [&](int64_t item, int64_t) { direction.pack(item); });
   for (int64_t phase = 0; phase < phases; ++phase)
-    run_phase(a.steps, slot, phase, blocks, [&](int64_t begin, int64_t end) {
-      const int64_t panel = begin / blocks, last = end - panel * blocks;
-      for (int64_t block = begin - panel * blocks; block < last; block += group)
-        direction.step(phase, panel, block, lesser(block + group, last), tile);
+    run_phase(a.steps, slot, phase, blocks, most, [&](int64_t begin, int64_t end) {
+      const int64_t panel = begin / blocks;
+      direction.step(phase, panel, begin - panel * blocks, end - panel * blocks, tile);
       stream_fence();
     });
 }
@@ -365,7 +364,7 @@ void launch(void (*kernel)(const LstmArgs&, int64_t), LstmArgs& args, const Tens
   args.exchange = exchange.mutable_data_ptr();
   args.carry = static_cast<float*>(carry.mutable_data_ptr());
   // A step has to be worth meeting at its end: some microseconds of products for each thread.
-  const int64_t worth = 1 + args.batch * args.hidden * args.hidden / 65536;
+  const int64_t worth = 1 + args.batch * args.hidden * args.hidden / 16384;
   const int64_t threads = torch::stable::get_num_threads(), slots = threads < worth ? threads : worth;
   std::vector<TeamCounter> next(2 * slots);
   TeamCounter done[2];

@@ -98,10 +98,10 @@ void matmul_tn(const MatmulArgs& a, int64_t slot) {
   float* block = a.blocks + slot * ((a.block * a.steps + 15) / 16 * 16);
   for (int64_t first = 0, pass = 0; first < a.k; first += a.steps, ++pass) {
     const int64_t steps = lesser(a.steps, a.k - first);
-    run_phase(a.packing, slot, pass, 1, [&](int64_t begin, int64_t end) {
+    run_phase(a.packing, slot, pass, 1, 1, [&](int64_t begin, int64_t end) {
       pack_steps(a, first, begin * kPackSteps, lesser(end * kPackSteps, steps));
     });
-    run_phase(a.rows, slot, pass, 1, [&](int64_t begin, int64_t) {
+    run_phase(a.rows, slot, pass, 1, 1, [&](int64_t begin, int64_t) {
       const int64_t row = begin * a.block, rows = lesser(a.block, a.m - row);
       pack_block(a, first, steps, row, rows, block);
       for (int64_t column = 0; column < a.n; column += kCols) {

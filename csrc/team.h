@@ -38,7 +38,7 @@ static inline void relax() {
 // Calls body(begin, end) until the items of `phase` are claimed, then waits until they are done. Claims end at
 // multiples of `group`. A worker goes through the phases 0, 1, ... in order.
 template <typename Body>
-static inline void run_phase(const Team& team, int64_t slot, int64_t phase, int64_t group, Body body) {
+static inline void run_phase(const Team& team, int64_t slot, int64_t phase, int64_t group, int64_t most, Body body) {
   int64_t finished = 0;
   for (int64_t i = 0; i < team.slots; ++i) {
     const int64_t owner = (slot + i) % team.slots;
@@ -47,7 +47,8 @@ static inline void run_phase(const Team& team, int64_t slot, int64_t phase, int6
     int64_t claimed = __atomic_load_n(next, __ATOMIC_RELAXED);
     while (claimed < (phase + 1) * count) {
       const int64_t begin = first + claimed - phase * count, group_end = (begin / group + 1) * group;
-      const int64_t end = group_end < first + count ? group_end : first + count;
+      int64_t end = begin + most < first + count ? begin + most : first + count;
+      end = group_end < end ? group_end : end;
       if (!__atomic_compare_exchange_n(next, &claimed, claimed + end - begin, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
         continue;
       body(begin, end);
