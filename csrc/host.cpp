@@ -97,8 +97,9 @@ const char* word_end(const char* p, const char* end) {
 // at the text; of a longer word, `low` is a hash of the bytes before the last eight.
 struct Key {
   uint64_t low = 0, high = 0;
-  size_t size;
+  size_t size = 0;
 
+  Key() = default;
   // `readable_end` is the end of the memory that may be read past the word.
   Key(std::string_view word, const char* readable_end) : size(word.size()) {
     const char* p = word.data();
@@ -147,7 +148,7 @@ class WordTable {
 
  private:
   struct Slot {
-    Key key{{}, nullptr};
+    Key key;
     int32_t id = -1;
   };
   std::vector<Slot> slots_ = std::vector<Slot>(1 << 12);
