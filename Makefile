@@ -1,8 +1,9 @@
 # Every target sets itself up from nothing: Python 3.10+ and a C++ compiler are enough, a GPU is not needed.
-#   make demo    train two small models on a corpus that needs no download, tune the cache, print one table
-#   make test    every test
-#   make lint    formatting and the rules that a grep can check
-#   make clean   remove all that the other targets made
+#   make demo      train two small models on a corpus that needs no download, tune the cache, print one table
+#   make test      every test
+#   make sanitize  the tests of the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+#   make lint      formatting and the rules that a grep can check
+#   make clean     remove all that the other targets made
 #
 # PYTHON=python3.12      the interpreter the virtual environment is made from
 # TORCH="torch==2.13.0"  the torch to build against and run on
@@ -22,7 +23,7 @@ STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/torch-$(subst /,_,$(TORCH))
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test sanitize lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/fastlm
@@ -30,6 +31,9 @@ demo: $(STAMPS)/fastlm
 
 test: $(STAMPS)/fastlm
 	$(IN_VENV) python -m pytest $(ARGS)
+
+sanitize: $(STAMPS)/fastlm
+	$(IN_VENV) python tests/sanitize/run.py $(ARGS)
 
 lint: $(STAMPS)/pre-commit
 	PRE_COMMIT_HOME="$(abspath $(VENV))/pre-commit" $(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -229,7 +229,7 @@ def test_sdist_can_build_everything(source):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", ["demo", "test", "sanitize"])
 def test_make_installs_torch_first_and_alone(target, tmp_path):
     command = ["make", "--dry-run", target, f"VENV={tmp_path / 'venv'}", "TORCH=torch==9.9", "PYTHON=python9"]
     # without what a make that runs this test hands down
