@@ -300,7 +300,7 @@ for T, B, H, dtype, reverse in [
     options = (seed, 0.4, reverse)
     kept = forward(projected, w_hh, h0, c0, *options, True)
     exact = _forward(*(t.double() for t in (projected, w_hh, h0, c0)), *options, True)
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]  # some units in the last place
+    tolerance = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]  # some units in the last place
     for name, a, e in zip(["y", "h", "c"], kept, exact):
         error = ((a.double() - e).norm() / e.norm()).item()
         assert error < tolerance, (T, B, H, dtype, name, error)

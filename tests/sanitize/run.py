@@ -25,7 +25,8 @@ LIBRARIES = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so",
 # With an abort Python's fault handler shows the test. Python leaks, and neither it nor PyTorch is instrumented.
 COMMON = "abort_on_error=1:handle_abort=0"
 OPTIONS = {
-    "ASAN_OPTIONS": f"{COMMON}:detect_leaks=0:detect_stack_use_after_return=1",
+    # the frames that g++ puts on the heap to find uses after a return are not aligned for vectors of 64 bytes
+    "ASAN_OPTIONS": f"{COMMON}:detect_leaks=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": f"{COMMON}:print_stacktrace=1",
     "TSAN_OPTIONS": f"{COMMON}:halt_on_error=1:ignore_noninstrumented_modules=1:die_after_fork=0",
     "OMP_NUM_THREADS": "3",
