@@ -1,0 +1,156 @@
+"""One LSTM layer with weight dropout, and the stack of three, forward and backward.
+
+The competitor is what a user of PyTorch writes: `nn.LSTM` called with its recurrent weight masked by `F.dropout`.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, Case, Contender, NotInstalled, Target, Work, compiled, in_double, optional, ours, with_gradients
+from machine import cores
+from torch.func import functional_call
+
+from fastlm.ops import dropconnect, dropconnect_mask, lstm
+from fastlm.ops.lstm import reference
+
+DROP = 0.5
+RIVAL = "nn.LSTM, masked weight"
+PARAMETERS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+
+
+def layers(sizes, *, contender):
+    """A stack of one-layer functions (x, h0, c0, w_ih, w_hh, b_ih, b_hh) -> y on a flat list of inputs."""
+
+    def forward(x, *rest):
+        for i in range(len(sizes) - 1):
+            x = contender(i, x, *rest[6 * i : 6 * i + 6])
+        return x
+
+    wanted = [0, *(1 + 6 * i + j for i in range(len(sizes) - 1) for j in range(2, 6))]
+    return with_gradients(forward, wanted)
+
+
+def work(device, *, sizes, B, T, dtype, contenders=("ours", "rival")):
+    """sizes: of the input and of each layer."""
+    form = DTYPES[dtype]
+    seeds = [torch.tensor(7 + i, device=device) for i in range(len(sizes) - 1)]
+
+    def inputs():
+        def draw(*shape, scale=1.0):
+            return (torch.rand(*shape, device=device) * 2 - 1).mul(scale).to(form)
+
+        values = [draw(T, B, sizes[0])]
+        for inner, outer in zip(sizes, sizes[1:], strict=False):
+            scale = outer**-0.5
+            values += [draw(B, outer), draw(B, outer)]
+            values += [draw(4 * outer, inner, scale=scale), draw(4 * outer, outer, scale=scale)]
+            values += [draw(4 * outer, scale=scale), draw(4 * outer, scale=scale)]
+        return [*values, draw(T, B, sizes[-1])]
+
+    def fast(impl, **options):
+        def layer(i, x, h, c, *weights, seed=None):
+            return lstm(x, h, c, *weights, weight_dropout=DROP, seed=seed, impl=impl)[0]
+
+        def seeded(i, *inputs):
+            return layer(i, *inputs, seed=seeds[i])
+
+        run, check = (layers(sizes, contender=f) for f in (layer, seeded))
+        return Contender(f"fastlm {impl}", run, check, **options)
+
+    modules = [torch.nn.LSTM(*pair).to(device, form) for pair in zip(sizes, sizes[1:], strict=False)]
+    for module in modules:
+        module.requires_grad_(False)
+
+    def plain(i, x, h, c, w_ih, w_hh, b_ih, b_hh, drop=lambda i, w: F.dropout(w, DROP)):
+        weights = dict(zip(PARAMETERS, (w_ih, drop(i, w_hh), b_ih, b_hh), strict=True))
+        return functional_call(modules[i], weights, (x, (h[None], c[None])))[0]
+
+    def masked(i, w):
+        return w * dropconnect_mask(w.shape, DROP, seeds[i], impl="reference") / (1 - DROP)
+
+    def rival(**options):
+        check = layers(sizes, contender=partial(plain, drop=masked))
+        return Contender(RIVAL, layers(sizes, contender=plain), check, **options)
+
+    def exact(i, x, h, c, w_ih, w_hh, b_ih, b_hh):
+        return reference(x, h, c, w_ih, dropconnect(w_hh, DROP, seeds[i], impl="reference"), b_ih, b_hh)[0]
+
+    threads = cores()
+    if contenders == ("oversubscribed",):
+        found = [fast("auto"), fast("auto", threads=2 * threads), rival(), rival(threads=2 * threads)]
+        for entry, name in zip(found, ("fastlm", f"fastlm, {2 * threads} threads", RIVAL), strict=False):
+            entry.name = name
+        found[3].name = f"{RIVAL}, {2 * threads} threads"
+    else:
+        found = [*ours("lstm", device, form, fast), rival()]
+        if "compile" in contenders:
+            found.append(Contender("torch.compile of it", compiled(rival().run), compiled(rival().check)))
+    result = Work(
+        inputs,
+        found,
+        exact=in_double(layers(sizes, contender=exact)),
+        plain=rival().check,
+        names=["y", "dx", *(f"d{n}[{i}]" for i in range(len(sizes) - 1) for n in ("w_ih", "w_hh", "b_ih", "b_hh"))],
+        # three products per weight: forward, and the gradients of input and weight
+        flops=sum(3 * 2 * T * B * 4 * outer * (inner + outer) for inner, outer in zip(sizes, sizes[1:], strict=False)),
+    )
+    if device == "cuda":
+        result.add("flashrnn", partial(flashrnn, device))
+    return result
+
+
+def flashrnn(device):
+    """FlashRNN takes gates that are already projected, and has no DropConnect; it is listed where installed."""
+    optional("flashrnn", "flashrnn", device)
+    raise NotInstalled("installed, but has no layer with weight dropout to compare with")
+
+
+def layer(dtype, B=20, T=70, H=1150, *, title=None, **options):
+    make = partial(work, sizes=(H, H), B=B, T=T, dtype=dtype, contenders=options.pop("contenders", ("ours", "rival")))
+    return Case("lstm", title or f"{H} -> {H}, B={B} T={T} {dtype}", make, dtype, **options)
+
+
+def goal(ratio, on_gpu=None):
+    return {"cpu": (Target(RIVAL, ratio=ratio),)} | ({"cuda": (Target(RIVAL, ratio=on_gpu),)} if on_gpu else {})
+
+
+GOALS = {("fp32", 20): 1.7, ("bf16", 20): 3.3, ("fp32", 80): 1.15, ("bf16", 80): 1.6}
+SWEEPS = [("H", H, dict(H=H)) for H in (256, 512, 800, 1150, 1550)]
+SWEEPS += [("B", B, dict(B=B)) for B in (1, 4, 20, 40, 80)]
+SWEEPS += [("T", T, dict(T=T)) for T in (10, 35, 70, 140)]
+
+CASES = [layer(d, B, size="quick", targets=goal(ratio, 3.0)) for (d, B), ratio in GOALS.items()]
+CASES += [
+    Case(
+        "lstm",
+        f"400 -> 1150 -> 1150 -> 400, B=20 T=70 {dtype}",
+        partial(work, sizes=(400, 1150, 1150, 400), B=20, T=70, dtype=dtype),
+        dtype,
+        size="quick",
+        targets={"cpu": (Target(RIVAL, ratio=ratio),), "cuda": (Target(RIVAL, ms=1.0),)},
+    )
+    for dtype, ratio in (("fp32", 1.7), ("bf16", 3.3))
+]
+CASES += [
+    layer(
+        "fp32",
+        title="1150 -> 1150, B=20 T=70 fp32, with twice as many threads as cores",
+        contenders=("oversubscribed",),
+        size="quick",
+        devices=("cpu",),
+    ),
+    layer("fp32", title="1150 -> 1150, B=20 T=70 fp32, compiled", contenders=("ours", "rival", "compile")),
+]
+CASES += [
+    layer(d, title=f"sweep over {axis}: {value}, {d}", sweep=(f"lstm {d}", axis, value), **sizes)
+    for d in ("fp32", "bf16")
+    for axis, value, sizes in SWEEPS
+]
+CASES += [layer("fp32", 2, 3, 8, size="tiny", targets=goal(0.001)), layer("bf16", 2, 3, 8, size="tiny")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lstm(case, measured):
+    measured(case)
