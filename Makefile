@@ -1,6 +1,7 @@
 # Every target sets itself up from nothing: Python 3.10+ and a C++ compiler are enough, a GPU is not needed.
 #   make demo      train two small models on a corpus that needs no download, tune the cache, print one table
 #   make test      every test
+#   make bench     time everything beside its competitors; ARGS="--quick" for ten minutes instead of an hour
 #   make sanitize  the tests of the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make lint      formatting and the rules that a grep can check
 #   make clean     remove all that the other targets made
@@ -23,7 +24,7 @@ STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/torch-$(subst /,_,$(TORCH))
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test sanitize lint clean
+.PHONY: demo test bench sanitize lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/fastlm
@@ -31,6 +32,9 @@ demo: $(STAMPS)/fastlm
 
 test: $(STAMPS)/fastlm
 	$(IN_VENV) python -m pytest $(ARGS)
+
+bench: $(STAMPS)/bench
+	$(BIN)/fastlm bench $(ARGS)
 
 sanitize: $(STAMPS)/fastlm
 	$(IN_VENV) python tests/sanitize/run.py $(ARGS)
@@ -57,6 +61,10 @@ $(STAMPS)/build-tools: $(TORCH_STAMP)
 
 $(STAMPS)/fastlm: $(STAMPS)/build-tools $(NATIVE)
 	$(IN_VENV) pip install --no-build-isolation -e ".[plot,test]"
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/fastlm
+	$(BIN)/pip install -e ".[bench]" --no-build-isolation
 	@touch $@
 
 $(STAMPS)/pre-commit: $(STAMPS)/venv

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastlm.models import LanguageModel, LanguageModelConfig
+from fastlm.models import LanguageModelConfig
 
 
 class PlainAWD(nn.Module):

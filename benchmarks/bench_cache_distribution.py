@@ -13,7 +13,7 @@ from fastlm.ops.cache_distribution import reference
 THETA = 0.3
 
 
-def work(device, *, B, W, D, V, dtype, one_hot=False):
+def work(device, *, B, W, D, V, dtype, one_hot, compile_too):
     form = DTYPES[dtype]
 
     def inputs():
@@ -34,7 +34,8 @@ def work(device, *, B, W, D, V, dtype, one_hot=False):
         return (reference(query, keys, ids, torch.full((B,), W, device=device), V, THETA),)
 
     found = [*ours("cache_distribution", device, form, fast), Contender("plain PyTorch", without_gradients(plain))]
-    found.append(Contender("torch.compile of it", without_gradients(compiled(plain))))
+    if compile_too:
+        found.append(Contender("torch.compile of it", without_gradients(compiled(plain))))
     result = Work(
         inputs,
         found,
@@ -61,8 +62,8 @@ def by_one_hot(result, device, W, V):
     return Contender("pointer.py, one-hot", without_gradients(run), note="its one-hot history is not in its memory")
 
 
-def case(dtype, B, W, D=400, V=33_278, *, one_hot=False, **options):
-    make = partial(work, B=B, W=W, D=D, V=V, dtype=dtype, one_hot=one_hot)
+def case(dtype, B, W, D=400, V=33_278, *, one_hot=False, compile_too=True, **options):
+    make = partial(work, B=B, W=W, D=D, V=V, dtype=dtype, one_hot=one_hot, compile_too=compile_too)
     return Case("cache_distribution", f"B={B} W={W:,} D={D} V={V:,} {dtype}", make, dtype, **options)
 
 
@@ -71,7 +72,7 @@ CASES = [
     case("fp32", 16, 3785, size="quick"),
     case("fp32", 1, 500),
     case("bf16", 16, 3785),
-    case("fp32", 2, 5, 3, 7, size="tiny"),
+    case("fp32", 1, 5, 3, 7, one_hot=True, compile_too=False, size="tiny"),
 ]
 
 

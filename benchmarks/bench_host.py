@@ -1,7 +1,7 @@
 """Text to ids: counting the words and numbering them, against a Python dict and Hugging Face tokenizers.
 
-The text is drawn from a Zipf distribution over invented words. Competitors that would take long run on the first part of
-it; their times are divided by its share. tokenizers only encodes: it gets the vocabulary and the lines for nothing.
+The text is drawn from a Zipf distribution over invented words. Competitors that would take long run on the first part
+of it; their times are divided by its share. tokenizers only encodes: it gets the vocabulary and the lines for nothing.
 """
 
 import mmap
@@ -26,7 +26,7 @@ def text_file(size: int) -> tuple[tempfile.TemporaryDirectory, Path]:
     """A file of about `size` bytes, the same at every call; it goes with its folder."""
     draw = np.random.default_rng(0)
     # two bits a letter: words of one to eight letters, the frequent ones short
-    spelled = ["".join(LETTERS[2 * s + (i >> s & 3)] for s in range(0, max(1, i.bit_length()), 2)) for i in range(WORDS)]
+    spelled = ["".join(LETTERS[2 * s + (i >> s & 3)] for s in range(0, i.bit_length() or 1, 2)) for i in range(WORDS)]
     words = np.array(spelled, dtype=object)
     rank = np.arange(1, WORDS + 1)
     until = np.cumsum(1 / rank) / np.sum(1 / rank)

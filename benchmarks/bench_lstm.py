@@ -8,7 +8,19 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, Case, Contender, NotInstalled, Target, Work, compiled, in_double, optional, ours, with_gradients
+from cases import (
+    DTYPES,
+    Case,
+    Contender,
+    NotInstalled,
+    Target,
+    Work,
+    compiled,
+    in_double,
+    optional,
+    ours,
+    with_gradients,
+)
 from machine import cores
 from torch.func import functional_call
 

@@ -1,4 +1,4 @@
-"""One whole training step by the recipes of the Penn Treebank: every regulariser, clipping, optimiser, state carried on.
+"""One whole training step by the recipes of the Penn Treebank: every regulariser, clipping, optimiser, state kept.
 
 Ours is the package's model and NT-ASGD; the competitor is awd-lstm-lm's system in plain PyTorch (`awd_plain.py`) with
 PyTorch's SGD or ASGD. 16-bit steps run the forward pass under autocast, as one does with plain PyTorch. The check

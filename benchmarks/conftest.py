@@ -43,6 +43,11 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
 
 
+def pytest_report_teststatus(report):
+    """No dot for a case that has its line already."""
+    return ("passed", "", "") if report.passed and report.when == "call" else None
+
+
 def _ceilings(config):
     """The best of two measurements, at the start and at the end: the machine may be slow for a while."""
     tiny = config.getoption("size") == "tiny"

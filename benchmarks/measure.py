@@ -2,8 +2,8 @@
 
 A round gives every contender one turn, so that whatever slows the machine for a while slows all of them. A turn starts
 from a trimmed heap and one call that is not timed (a contender follows itself, as in a training loop), then one timed
-call. Contenders called slow have no untimed one. A case whose own result is wrong is not timed; a competitor whose result
-is wrong, or that fails, is left out and named.
+call. Contenders called slow have no untimed one. A case whose own result is wrong is not timed; a competitor that is
+wrong or fails is left out and named.
 """
 
 import contextlib
@@ -114,7 +114,7 @@ class Runner:
                 with threads(contender.threads):
                     result = (contender.check or contender.run)(*self.sets[0])
                 entry.seconds, known = time.perf_counter() - start, len(references)
-                entry.error = verify(self.work, contender, result, references, self.sets[0])
+                entry.error = verify(self.case, self.work, contender, result, references, self.sets[0])
                 del result
                 trim(self.device)
                 if known == len(references) and before is not None:  # else the references are in the difference
@@ -122,7 +122,7 @@ class Runner:
             except WrongResult as e:
                 if mine:
                     raise
-                self._leave_out(entry, f"wrong, not timed: {e}")
+                self._leave_out(entry, f"wrong: {e}")
             except Exception as e:  # a competitor may fail in any way, and that is its own affair
                 if mine:
                     raise

@@ -1,4 +1,4 @@
-"""The command `fastlm`: train, finetune, eval, cache, generate, demo, info.
+"""The command `fastlm`: train, finetune, eval, cache, generate, demo, bench, info.
 
 What a command prints goes to stdout and its progress to stderr. With `--json` the last line of stdout is one JSON
 object, in which a figure that is not finite is null. A problem with what the user gave is one line on stderr and exit
@@ -46,7 +46,10 @@ def _run(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     try:
         # Imports torch, which is slow, and not there in time for --help.
-        from fastlm.training import commands
+        if args.command == "bench":
+            from fastlm import bench as commands
+        else:
+            from fastlm.training import commands
 
         status, result = getattr(commands, args.function)(args)
     except KeyboardInterrupt:
@@ -126,6 +129,14 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", "train two small models on the embedded corpus, tune the cache, print one table")
     demo.add_argument("--out", default="runs/demo", help="folder for both runs (default runs/demo)")
+
+    bench = command("bench", "time every operator, a training step and the encoder beside their competitors")
+    bench.add_argument("--op", nargs="+", metavar="NAME", help="only these: an operator, training or host")
+    sizes = bench.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_true", help="the cases that have a target and their like, few rounds")
+    sizes.add_argument("--tiny", action="store_true", help="shapes of no use but to see that everything runs")
+    bench.add_argument("--compare", metavar="OLD.json", help="status 1 if anything is slower than in that run")
+    bench.add_argument("--out", metavar="DIR", help="where the results go; default: benchmarks/results")
 
     commands.add_parser("info", help="say what is installed, what runs and what would improve it")
     return parser
