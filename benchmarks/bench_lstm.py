@@ -47,6 +47,7 @@ def layers(sizes, *, contender):
 def work(device, *, sizes, B, T, dtype, contenders=("ours", "rival")):
     """sizes: of the input and of each layer."""
     form = DTYPES[dtype]
+    slow = device == "cpu" and B * T * max(sizes) > 5_000_000  # seconds a call: enough without warming up
     seeds = [torch.tensor(7 + i, device=device) for i in range(len(sizes) - 1)]
 
     def inputs():
@@ -69,7 +70,7 @@ def work(device, *, sizes, B, T, dtype, contenders=("ours", "rival")):
             return layer(i, *inputs, seed=seeds[i])
 
         run, check = (layers(sizes, contender=f) for f in (layer, seeded))
-        return Contender(f"fastlm {impl}", run, check, **options)
+        return Contender(f"fastlm {impl}", run, check, slow=slow, **options)
 
     modules = [torch.nn.LSTM(*pair).to(device, form) for pair in zip(sizes, sizes[1:], strict=False)]
     for module in modules:
@@ -84,7 +85,7 @@ def work(device, *, sizes, B, T, dtype, contenders=("ours", "rival")):
 
     def rival(**options):
         check = layers(sizes, contender=partial(plain, drop=masked))
-        return Contender(RIVAL, layers(sizes, contender=plain), check, **options)
+        return Contender(RIVAL, layers(sizes, contender=plain), check, slow=slow, **options)
 
     def exact(i, x, h, c, w_ih, w_hh, b_ih, b_hh):
         return reference(x, h, c, w_ih, dropconnect(w_hh, DROP, seeds[i], impl="reference"), b_ih, b_hh)[0]

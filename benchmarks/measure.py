@@ -27,7 +27,7 @@ class Effort:
     rounds: tuple[int, int]
 
 
-EFFORTS = {"tiny": Effort(0.05, (2, 3)), "quick": Effort(5.0, (3, 15)), "full": Effort(20.0, (5, 40))}
+EFFORTS = {"tiny": Effort(0.05, (2, 3)), "quick": Effort(3.0, (3, 11)), "full": Effort(20.0, (5, 40))}
 
 
 @dataclass

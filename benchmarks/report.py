@@ -50,7 +50,8 @@ def spread(contender: dict[str, Any]) -> str:
 
 def megabytes(contender: dict[str, Any]) -> str:
     extra = contender["extra_bytes"]
-    return "-" if extra is None else f"{extra / 1e6:,.1f}"
+    # of a part of the work it would be the memory of that part
+    return "-" if extra is None or contender["share_of_work"] < 1 else f"{extra / 1e6:,.1f}"
 
 
 def table(found: dict[str, Any], *, targets_only: bool = False) -> list[list[str]]:
