@@ -2,20 +2,26 @@
 //
 // Encoding is one pass: the text is cut into one part a thread, every part gets a table of its own words in
 // order of first occurrence, and the tables are merged part by part. The merged order is the order of first
-// occurrence in the whole text, so the result does not depend on the number of threads.
+// occurrence in the whole text, so the result does not depend on the number of threads. Beside the text, which may be
+// a mapped file, memory holds the ids once and the words of each part.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <stdexcept>
 #include <string_view>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #endif
@@ -26,7 +32,6 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "words are compared as little-endian integers");
 
-constexpr std::string_view kEos = "<eos>";
 constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
 
 uint64_t load8(const char* p) {
@@ -70,150 +75,211 @@ Character decode(const char* p, const char* end) {
   return {code, size};
 }
 
-// The end of the word that starts at `p`: the first white space, or `end`.
-const char* word_end(const char* p, const char* end) {
+// One bit a byte of the 64 at `p`: set below 0x21 and above 0x7F, where a word may end or a character may be invalid.
+uint64_t unusual(const char* p) {
   constexpr uint64_t kOnes = 0x0101010101010101u, kHigh = 0x80 * kOnes;
-  for (;;) {
-    while (end - p >= 8) {
-      const uint64_t x = load8(p);
-      // The lowest flagged byte is the first one below 0x21 or above 0x7F; flags above it may be wrong.
-      const uint64_t flags = (((x - 0x21 * kOnes) & ~x) | x) & kHigh;
-      if (flags != 0) {
-        p += std::countr_zero(flags) >> 3;
-        break;
-      }
-      p += 8;
-    }
-    if (p == end) return p;
-    const Character c = decode(p, end);
-    if (is_space(c.code)) return p;
-    p += c.size;
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    const uint64_t x = load8(p + 8 * i);
+    const uint64_t flags = (~((x & ~kHigh) + (0x80 - 0x21) * kOnes) | x) & kHigh;
+    bits |= ((flags >> 7) * 0x0102040810204080u >> 56) << 8 * i;  // the product gathers one bit a byte in the last byte
   }
+  return bits;
 }
 
 // ---- Tables of words and characters ---------------------------------------------------------------------
 
-// A word as three integers. Up to 16 bytes they are the word itself, so that words compare without a look
-// at the text; of a longer word, `low` is a hash of the bytes before the last eight.
-struct Key {
-  uint64_t low = 0, high = 0;
-  size_t size = 0;
+uint64_t mix(uint64_t a, uint64_t b) {
+  const unsigned __int128 product = static_cast<unsigned __int128>(a ^ 0x9E3779B97F4A7C15u) * (b ^ 0xD1B54A32D192ED03u);
+  return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+}
 
-  Key() = default;
+// A word and two integers. Up to 16 bytes they are the word itself, so that words compare without a look at the text;
+// of a longer word, `low` is a hash and `high` the last eight bytes.
+struct Word {
+  const char* text;
+  size_t size;
+  uint64_t low = 0, high = 0;
+
   // `readable_end` is the end of the memory that may be read past the word.
-  Key(std::string_view word, const char* readable_end) : size(word.size()) {
-    const char* p = word.data();
-    size_t left = size;
-    if (left > 16) {
-      for (; left > 16; left -= 8, p += 8) low = std::rotl((low ^ load8(p)) * 0x9FB21C651E98DF25u, 29);
-      low ^= load8(p);
-    } else if (left > 8) {
-      low = load8(p);
-    }
-    if (left > 8) p += 8, left -= 8;
-    if (readable_end - p >= 8) {
-      high = load8(p) & ~uint64_t{0} >> (64 - 8 * left);
+  Word(const char* text, size_t size, const char* readable_end) : text(text), size(size) {
+    if (size > 16) {
+      for (const char* p = text; p < text + size - 8; p += 8) low = mix(low, load8(p));
+      high = load8(text + size - 8);
+    } else if (readable_end - text >= 16) {
+      static constexpr uint64_t kMask[] = {~uint64_t{0}, ~uint64_t{0}, 0, 0};
+      const char* mask = reinterpret_cast<const char*>(kMask) + 16 - size;  // as many ones as the word has bytes
+      low = load8(text) & load8(mask);
+      high = load8(text + 8) & load8(mask + 8);
     } else {
-      std::memcpy(&high, p, left);
+      char padded[16] = {};
+      std::memcpy(padded, text, size);
+      low = load8(padded), high = load8(padded + 8);
     }
   }
 
-  bool exact() const { return size <= 16; }
-  bool operator==(const Key& other) const = default;
-  uint64_t hash() const {
-    const uint64_t x = (low ^ std::rotl(high, 32) ^ high * 0x9FB21C651E98DF25u) * 0x9E3779B97F4A7C15u;
-    return x ^ x >> 32;
+  uint64_t hash() const { return mix(low, high); }
+  bool operator==(const Word& other) const {
+    return low == other.low && high == other.high && size == other.size &&
+           (size <= 16 || std::memcmp(text, other.text, size) == 0);
   }
 };
+
+constexpr char kEosText[] = "<eos>";
+const Word kEos(kEosText, 5, kEosText + 5);
 
 // Words and their ids, in order of first occurrence. Open addressing; the words themselves stay in the text.
 class WordTable {
  public:
-  std::vector<std::string_view> words;
+  static constexpr size_t kBatch = 32;  // words at a time, for the reads from a table larger than the cache to overlap
+  std::vector<Word> words;
 
-  // See Key for `readable_end`.
-  int32_t id(std::string_view word, const char* readable_end) {
-    if (words.size() * 2 >= slots_.size()) grow();
-    const Key key(word, readable_end);
-    for (size_t i = key.hash() & mask();; i = (i + 1) & mask()) {
-      Slot& slot = slots_[i];
-      if (slot.id < 0) {
-        slot = {key, static_cast<int32_t>(words.size())};
-        words.push_back(word);
-        return slot.id;
-      }
-      if (slot.key == key && (key.exact() || words[slot.id] == word)) return slot.id;
+  // The ids of `count` words, `kBatch` at most.
+  void number(const Word* batch, size_t count, int32_t* ids) {
+    if ((words.size() + count) * 2 > slots_.size()) grow();
+    uint64_t hashes[kBatch];
+    for (size_t i = 0; i < count; ++i) {
+      hashes[i] = batch[i].hash();
+      __builtin_prefetch(&slots_[hashes[i] & mask()]);
     }
+    for (size_t i = 0; i < count; ++i) {
+      const int32_t id = slots_[hashes[i] & mask()].id;
+      __builtin_prefetch(words.data() + (id < 0 ? 0 : id));
+    }
+    for (size_t i = 0; i < count; ++i) ids[i] = id(batch[i], hashes[i]);
   }
 
  private:
   struct Slot {
-    Key key;
+    uint32_t tag = 0;  // the upper half of the hash
     int32_t id = -1;
   };
   std::vector<Slot> slots_ = std::vector<Slot>(1 << 12);
 
   size_t mask() const { return slots_.size() - 1; }
 
+  int32_t id(const Word& word, uint64_t hash) {
+    const auto tag = static_cast<uint32_t>(hash >> 32);
+    for (size_t i = hash & mask();; i = (i + 1) & mask()) {
+      Slot& slot = slots_[i];
+      if (slot.id < 0) {
+        slot = {tag, static_cast<int32_t>(words.size())};
+        words.push_back(word);
+        return slot.id;
+      }
+      if (slot.tag == tag && words[slot.id] == word) return slot.id;
+    }
+  }
+
   void grow() {
     if (words.size() > INT32_MAX / 2) throw std::length_error("more than 2^30 different words");
-    std::vector<Slot> old(slots_.size() * 2);
-    old.swap(slots_);
-    for (const Slot& slot : old) {
-      if (slot.id < 0) continue;
-      size_t i = slot.key.hash() & mask();
+    slots_.assign(slots_.size() * 2, Slot());
+    for (size_t n = 0; n < words.size(); ++n) {
+      const uint64_t hash = words[n].hash();
+      size_t i = hash & mask();
       while (slots_[i].id >= 0) i = (i + 1) & mask();
-      slots_[i] = slot;
+      slots_[i] = {static_cast<uint32_t>(hash >> 32), static_cast<int32_t>(n)};
     }
   }
 };
 
+// The ids of a part, in blocks, which are given back one by one: there are never two copies of them all.
+class Ids {
+ public:
+  size_t size() const { return size_; }
+
+  // Room for `count` more ids: always 1, or always kBatch but for the last time.
+  int32_t* append(size_t count) {
+    if (size_ % kBlock == 0) blocks_.emplace_back(new int32_t[kBlock]);
+    int32_t* ids = &blocks_.back()[size_ % kBlock];
+    size_ += count;
+    return ids;
+  }
+
+  // Moves all to `out`, through `map` unless that is empty.
+  void move_to(int32_t* out, const std::vector<int32_t>& map) {
+    for (size_t begin = 0; begin < size_; begin += kBlock) {
+      std::unique_ptr<int32_t[]> block = std::move(blocks_[begin / kBlock]);
+      const size_t count = std::min(kBlock, size_ - begin);
+      for (size_t i = 0; i < count; ++i) out[begin + i] = map.empty() ? block[i] : map[block[i]];
+#if defined(__linux__)                      // where freed memory may stay with the process
+      constexpr uintptr_t kPage = 1 << 16;  // a multiple of the machine's
+      const auto first = (reinterpret_cast<uintptr_t>(block.get()) + kPage - 1) / kPage * kPage;
+      const auto last = reinterpret_cast<uintptr_t>(block.get() + kBlock) / kPage * kPage;
+      madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+#endif
+    }
+  }
+
+ private:
+  static constexpr size_t kBlock = 1 << 18;
+  static_assert(kBlock % WordTable::kBatch == 0);
+  std::vector<std::unique_ptr<int32_t[]>> blocks_;
+  size_t size_ = 0;
+};
+
 // One part of the text, encoded with ids of its own. Aligned, so that two threads never write the same line.
 struct alignas(128) Part {
-  std::vector<std::string_view> words;
-  std::vector<int32_t> ids;
+  WordTable table;
+  Ids ids;
   std::exception_ptr error;
   const char* invalid = nullptr;
 };
 
 void encode_words(const char* p, const char* end, bool last, Part& part) {
-  WordTable table;
-  part.ids.reserve((end - p) / 4);  // rarely too little, and memory that is not written costs nothing
-  const auto add_eos = [&] { part.ids.push_back(table.id(kEos, kEos.data() + kEos.size())); };
+  std::vector<Word> batch;
+  batch.reserve(WordTable::kBatch);
+  const auto flush = [&] {
+    part.table.number(batch.data(), batch.size(), part.ids.append(batch.size()));
+    batch.clear();
+  };
+  const auto add = [&](const Word& word) {
+    batch.push_back(word);
+    if (batch.size() == WordTable::kBatch) flush();
+  };
+  const auto add_text = [&](const char* from, const char* to) {
+    if (from < to) add(Word(from, static_cast<size_t>(to - from), end));
+  };
   const bool open_line = last && p < end && end[-1] != '\n';
-  while (p < end) {
-    if (*p == '\n') {
-      add_eos();
-      ++p;
-      continue;
+  const char* start = p;  // of the word that is being read
+  const char* next = p;   // the end of the last character that was decoded
+  for (const char* block = p; block < end; block += 64) {
+    uint64_t bits;
+    if (end - block >= 64) {
+      bits = unusual(block);
+    } else {
+      char padded[64];
+      std::memset(padded, 'x', 64);
+      std::memcpy(padded, block, end - block);
+      bits = unusual(padded);
     }
-    const Character first = decode(p, end);
-    if (is_space(first.code)) {
-      p += first.size;
-      continue;
+    for (; bits != 0; bits &= bits - 1) {
+      const char* q = block + std::countr_zero(bits);
+      if (q < next) continue;
+      const Character c = decode(q, end);
+      next = q + c.size;
+      if (!is_space(c.code)) continue;
+      add_text(start, q);
+      if (c.code == '\n') add(kEos);
+      start = next;
     }
-    const char* stop = word_end(p + first.size, end);
-    part.ids.push_back(table.id({p, static_cast<size_t>(stop - p)}, end));
-    p = stop;
   }
-  if (open_line) add_eos();
-  part.words = std::move(table.words);
+  add_text(start, end);
+  if (open_line) add(kEos);
+  if (!batch.empty()) flush();
 }
 
 // One id a character; white space at both ends of a line is dropped, as str.strip() does.
 void encode_characters(const char* p, const char* end, bool last, Part& part) {
   std::vector<int32_t> table(0x110000 + 1, -1);  // the entry past the last character is `<eos>`
-  const auto add = [&](uint32_t code, std::string_view text) {
-    if (table[code] < 0) {
-      table[code] = static_cast<int32_t>(part.words.size());
-      part.words.push_back(text);
-    }
-    part.ids.push_back(table[code]);
+  const auto add = [&](uint32_t code, const Word& word) {
+    if (table[code] < 0) part.table.number(&word, 1, &table[code]);
+    *part.ids.append(1) = table[code];
   };
   const auto add_between = [&](const char* from, const char* to) {
     while (from < to) {
       const Character c = decode(from, to);
-      add(c.code, {from, static_cast<size_t>(c.size)});
+      add(c.code, Word(from, static_cast<size_t>(c.size), to));
       from += c.size;
     }
   };
@@ -292,13 +358,21 @@ py::tuple encode(const py::buffer& data, size_t threads, bool characters) {
         parts[i].error = std::current_exception();
       }
     });
-    for (const Part& part : parts) {
+    for (Part& part : parts) {
       if (part.error) std::rethrow_exception(part.error);
       if (invalid == nullptr) invalid = part.invalid;
-      std::vector<int32_t>& map = maps.emplace_back();
-      for (const std::string_view word : part.words) map.push_back(table.id(word, word.data() + word.size()));
       starts.push_back(total);
       total += part.ids.size();
+      std::vector<int32_t>& map = maps.emplace_back();
+      if (maps.size() == 1) {  // the first part's table is that of the whole, and its ids stay
+        table = std::move(part.table);
+        continue;
+      }
+      const std::vector<Word>& words = part.table.words;
+      map.resize(words.size());
+      for (size_t j = 0; j < words.size(); j += WordTable::kBatch)
+        table.number(&words[j], std::min(words.size() - j, WordTable::kBatch), &map[j]);
+      part.table = WordTable();
     }
   }
   if (invalid != nullptr) {
@@ -310,13 +384,14 @@ py::tuple encode(const py::buffer& data, size_t threads, bool characters) {
   int32_t* out = ids.mutable_data();
   {
     const py::gil_scoped_release release;
-    parallel(parts.size(), [&](size_t i) {
-      int32_t* to = out + starts[i];
-      for (const int32_t id : parts[i].ids) *to++ = maps[i][id];
-    });
+    parallel(parts.size(), [&](size_t i) { parts[i].ids.move_to(out + starts[i], maps[i]); });
   }
   py::list words(table.words.size());
-  for (size_t i = 0; i < table.words.size(); ++i) words[i] = py::str(table.words[i].data(), table.words[i].size());
+  for (size_t i = 0; i < table.words.size(); ++i) {
+    const Word& word = table.words[i];
+    const uint64_t bytes[] = {word.low, word.high};  // of a short word: nearer than the text
+    words[i] = py::str(word.size <= 16 ? reinterpret_cast<const char*>(bytes) : word.text, word.size);
+  }
   return py::make_tuple(words, ids);
 }
 

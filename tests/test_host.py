@@ -93,6 +93,47 @@ def test_the_number_of_threads_does_not_change_the_result(level):
         np.testing.assert_array_equal(other_ids, ids)
 
 
+@needs_host
+@pytest.mark.parametrize("before", [*range(70), 127, 128])
+def test_words_and_characters_across_blocks(before):
+    """The native encoder reads 64 bytes at a time; whatever it looks for may begin in one block and end in the next."""
+    for middle in ("\u3042\u3000b", "a\u2003 \u00a0\U0001f600", "word\n\n w\x00rd", "\x1f\x1e\x1b", "a" * 130):
+        for after in ("", "\n", " longer than sixteen bytes, and " + "y" * 90 + "\n"):
+            text = ("x" * before + middle + after).encode()
+            for threads in (1, 3):
+                check(text, "word", threads)
+
+
+@needs_host
+def test_many_words_that_differ_in_few_bytes():
+    words = [f"{i:x}".rjust(width, "0") for width in (8, 9, 15, 16, 17, 24, 40) for i in range(0, 30_000, 7)]
+    words += [f"{i:x}".ljust(width, "0") for width in (9, 16, 17, 40) for i in range(1, 30_000, 7)]
+    words = list(dict.fromkeys(words))
+    text = " ".join(words + words[::-1]).encode()
+    for threads in (1, 2, 5):
+        found, ids = encode(text, "word", threads)
+        assert found == [*words, EOS]
+        np.testing.assert_array_equal(ids, [*range(len(words)), *reversed(range(len(words))), len(words)])
+
+
+@needs_host
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_is_that_of_the_ids(fresh_python):
+    code = (
+        "import re, threading, numpy\n"
+        "from fastlm.data import encoder\n"
+        "read = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) << 10\n"
+        "text = b'as short as words can be \\n' * 1_500_000\n"
+        "before, peak, done = read(), 0, threading.Event()\n"
+        "thread = threading.Thread(target=lambda: (encoder.native().encode_words(text, 2)[1], done.set()))\n"
+        "thread.start()\n"
+        "while not done.wait(0.001): peak = max(peak, read() - before)\n"
+        "ids = 4 * 7 * 1_500_000\n"
+        "assert 0.5 * ids < peak < 1.4 * ids, peak / ids\n"
+    )
+    fresh_python(code)
+
+
 INVALID = [
     b"\x80",
     b"\xc0\xaf",

@@ -137,7 +137,7 @@ def _encode(texts, folder: Path, level: str, compat: str | None, min_count: int,
     for split in SPLITS:
         words[split], ids[split] = _tokens(texts[split], folder / f"{split}.txt", level)
     train = words["train"]
-    counts = np.bincount(ids["train"], minlength=len(train)).tolist()
+    counts = _count(ids["train"], len(train)).tolist()
     learnable = sum(count > 0 and word not in (EOS, UNK) for word, count in zip(train, counts, strict=True))
     if learnable < 2:
         raise DataError(f"{folder / 'train.txt'}: nothing to learn from a vocabulary of {learnable} {level}s")
@@ -163,10 +163,17 @@ def _tokens(text, path: Path, level: str) -> tuple[list[str], np.ndarray]:
         raise DataError(f"{path}: {message} at byte {offset}") from None
 
 
+def _pieces(ids: np.ndarray) -> Iterator[np.ndarray]:
+    # A second copy of the ids of a large text is the most memory that loading takes.
+    return (ids[start : start + (1 << 20)] for start in range(0, len(ids), 1 << 20))
+
+
+def _count(ids: np.ndarray, size: int) -> np.ndarray:
+    return sum((np.bincount(piece, minlength=size) for piece in _pieces(ids)), np.zeros(size, np.int64))
+
+
 def _renumber(ids: np.ndarray, mapping: np.ndarray) -> np.ndarray:
-    # In place, piece by piece: a second copy of the ids of a large text is the most memory that loading takes.
-    for start in range(0, len(ids), 1 << 20):
-        piece = ids[start : start + (1 << 20)]
+    for piece in _pieces(ids):
         piece[:] = mapping[piece]
     return ids
 
