@@ -160,20 +160,53 @@ FASTLM_INLINE void store(f16* p, vec v) {
 #endif
 }
 
+// The first n elements, fewer than a vector.
+#if defined(__AVX512F__)
+FASTLM_INLINE uint32_t first_lanes(int64_t n) { return (1u << n) - 1; }
+
+FASTLM_INLINE vec load_part(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+
+FASTLM_INLINE vec load_part(const bf16* p, int64_t n) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16);
+}
+
+FASTLM_INLINE vec load_part(const f16* p, int64_t n) {
+  return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+
+FASTLM_INLINE void store_part(float* p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
+
 template <typename T>
-FASTLM_INLINE vec load(const T* p, int64_t n) {
-  if (n >= kWidth) return load(p);
+FASTLM_INLINE void store_part(T* p, vec v, int64_t n) {
+  T tile[kWidth];
+  store(tile, v);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_loadu_si256((const __m256i*)tile));
+}
+#else
+template <typename T>
+FASTLM_INLINE vec load_part(const T* p, int64_t n) {
   T tile[kWidth] = {};
   std::memcpy(tile, p, n * sizeof(T));
   return load(tile);
 }
 
 template <typename T>
-FASTLM_INLINE void store(T* p, vec v, int64_t n) {
-  if (n >= kWidth) return store(p, v);
+FASTLM_INLINE void store_part(T* p, vec v, int64_t n) {
   T tile[kWidth];
   store(tile, v);
   std::memcpy(p, tile, n * sizeof(T));
+}
+#endif
+
+template <typename T>
+FASTLM_INLINE vec load(const T* p, int64_t n) {
+  return n >= kWidth ? load(p) : load_part(p, n);
+}
+
+template <typename T>
+FASTLM_INLINE void store(T* p, vec v, int64_t n) {
+  if (n >= kWidth) return store(p, v);
+  store_part(p, v, n);
 }
 
 // ---- past the caches: a line asked for early into the second-level cache, and stores that do not read what they
