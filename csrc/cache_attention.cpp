@@ -57,13 +57,15 @@ struct Sums {
   Array<vec> lanes;
   Array<double> band;
   const CacheAttentionArgs& a;
+  const float* theta;
 
-  explicit Sums(const CacheAttentionArgs& args)
+  Sums(const CacheAttentionArgs& args, const float* thetas)
       : top(kRows),
         band_top(kRows * args.windows),
         lanes(kRows * args.thetas),
         band(kRows * args.windows * args.thetas),
-        a(args) {}
+        a(args),
+        theta(thetas) {}
 
   void clear() {
     for (int64_t i = 0; i < kRows; ++i) top[i] = -INFINITY;
@@ -72,27 +74,38 @@ struct Sums {
     for (int64_t i = 0; i < kRows * a.windows * a.thetas; ++i) band[i] = 0.0;
   }
 
-  // Adds a row's scores in the lanes of the masks.
-  void add(int64_t row, const float* theta, vec s0, vec s1, ivec m0, ivec m1) {
+  // Makes `best` the top of a row's lanes.
+  void raise(int64_t row, float best) {
+    if (best <= top[row]) return;
+    if (top[row] != -INFINITY)
+      for (int64_t k = 0; k < a.thetas; ++k) lanes[row * a.thetas + k] *= exp(splat(theta[k] * (top[row] - best)));
+    top[row] = best;
+  }
+
+  // Adds a row's scores, none of them NaN, in the lanes of the masks.
+  void add(int64_t row, vec s0, vec s1, ivec m0, ivec m1) {
     const float best = max(max(select(m0, s0, splat(-INFINITY)), select(m1, s1, splat(-INFINITY))));
     if (best == -INFINITY) return;
+    raise(row, best);
     vec* sums = &lanes[row * a.thetas];
-    if (!(best <= top[row])) {
-      for (int64_t k = 0; k < a.thetas; ++k)
-        if (top[row] != -INFINITY) sums[k] *= exp(splat(theta[k] * (top[row] - best)));
-      top[row] = best;
-    }
     s0 -= top[row], s1 -= top[row];
     for (int64_t k = 0; k < a.thetas; ++k)
       sums[k] += select(m0, exp(s0 * theta[k]), vec{}) + select(m1, exp(s1 * theta[k]), vec{});
+  }
+
+  // Adds all of a row's scores, none above its top.
+  void add_below_top(int64_t row, vec s0, vec s1) {
+    vec* sums = &lanes[row * a.thetas];
+    s0 -= top[row], s1 -= top[row];
+    for (int64_t k = 0; k < a.thetas; ++k) sums[k] += exp(s0 * theta[k]) + exp(s1 * theta[k]);
   }
 
   // Adds sums with a top of their own to a band, for one theta.
   void join(int64_t to, float other_top, int64_t k, double other) {
     const float both = band_top[to] > other_top ? band_top[to] : other_top;
     double& mine = band[to * a.thetas + k];
-    if (band_top[to] != -INFINITY) mine *= ::exp(a.theta[k] * double(band_top[to] - both));
-    mine += other * ::exp(a.theta[k] * double(other_top - both));
+    if (band_top[to] != -INFINITY && band_top[to] != both) mine *= ::exp(a.theta[k] * double(band_top[to] - both));
+    mine += other_top == both ? other : other * ::exp(a.theta[k] * double(other_top - both));
   }
 
   // Moves what the lanes hold into a band, and empties them.
@@ -130,61 +143,94 @@ FASTLM_INLINE ivec load_ids(const int32_t* p) {
   return v;
 }
 
-// acc[i][c] = scores of row i of a strip with vector c of a panel, both packed feature by feature.
-FASTLM_INLINE void multiply(const float* q, const float* panel, int64_t width, vec (&acc)[kStrip][2]) {
+// Strips and panels hold words: a float32 number, or two bfloat16 ones where an instruction multiplies pairs.
+template <typename T>
+constexpr bool kPairs = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool kPairs<bf16> = true;
+#endif
+
+template <typename T>
+FASTLM_INLINE vec multiply_add(vec sum, vec x, vec y) {
+#if defined(__AVX512BF16__)
+  if (kPairs<T>) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#endif
+  return sum + x * y;
+}
+
+// acc[i][c] = scores of row i of a strip with vector c of a panel, both packed word by word.
+template <typename T>
+FASTLM_INLINE void multiply(const float* q, const float* panel, int64_t words, vec (&acc)[kStrip][2]) {
   vec sums[kStrip][2] = {};
-  for (int64_t d = 0; d < width; ++d) {
+  for (int64_t d = 0; d < words; ++d) {
     const vec k0 = load(panel + d * kCols), k1 = load(panel + d * kCols + kWidth);
 #pragma GCC unroll 12
     for (int64_t i = 0; i < kStrip; ++i) {
-      const vec x = splat(q[d * kStrip + i]);
-      sums[i][0] += x * k0;
-      sums[i][1] += x * k1;
+      const vec x = broadcast(q + d * kStrip + i);
+      sums[i][0] = multiply_add<T>(sums[i][0], x, k0);
+      sums[i][1] = multiply_add<T>(sums[i][1], x, k1);
     }
   }
 #pragma GCC unroll 12
   for (int64_t i = 0; i < kStrip; ++i) acc[i][0] = sums[i][0], acc[i][1] = sums[i][1];
 }
 
+// Word d of a row of `width` numbers; what is missing of the last pair is 0.
+template <typename T>
+FASTLM_INLINE float word(const T* x, int64_t d, int64_t width) {
+  if constexpr (kPairs<T>) {
+    const uint32_t low = x[2 * d].bits, high = 2 * d + 1 < width ? x[2 * d + 1].bits : 0, bits = low | high << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+  } else {
+    return to_float(x[d]);
+  }
+}
+
 // Transposes rows first .. first + count of the stream (memory, then hidden) into tiles of `across` columns.
 template <typename T>
 void pack(const CacheAttentionArgs& a, int64_t first, int64_t count, int64_t across, float* out) {
+  const int64_t words = kPairs<T> ? (a.width + 1) / 2 : a.width;
   for (int64_t i = 0; i < across; ++i) {
     const int64_t at = first + i;
     const T* x = at < a.past ? static_cast<const T*>(a.memory) + at * a.width
                              : static_cast<const T*>(a.hidden) + (at - a.past) * a.width;
-    for (int64_t d = 0; d < a.width; ++d) out[d * across + i] = i < count ? to_float(x[d]) : 0.0f;
+    for (int64_t d = 0; d < words; ++d) out[d * across + i] = i < count ? word(x, d, a.width) : 0.0f;
   }
 }
 
 template <typename T>
 struct Walk {
   const CacheAttentionArgs& a;
-  const int64_t keys, widest, ring;
+  const int64_t keys, words, widest, ring;
   Array<float> panels, queries, theta;
   Array<int32_t> panel_ids;
   Sums norm, mass;
   int64_t first_row, count;  // of the work item at hand; rows are numbered like keys: memory first
   int64_t oldest[kRows];     // first key that a row sees
   int64_t band[kRows];       // band that a row is in
+  int64_t band_end[kRows];   // key where it ends, and the next nearer one begins
 
   explicit Walk(const CacheAttentionArgs& args)
       : a(args),
         keys(a.past + a.rows),
+        words(kPairs<T> ? (a.width + 1) / 2 : a.width),
         widest(lesser(a.window[a.windows - 1], keys)),
         ring(lesser((keys + kCols - 1) / kCols, (widest + kRows) / kCols + 2)),
-        panels(ring * kCols * a.width),
-        queries(kRows * a.width),
+        panels(ring * kCols * words),
+        queries(kRows * words),
         theta(a.thetas),
         panel_ids(ring * kCols),
-        norm(a),
-        mass(a) {
+        norm(a, theta.p),
+        mass(a, theta.p) {
     for (int64_t k = 0; k < a.thetas; ++k) theta[k] = float(a.theta[k]);
   }
 
   void pack_panel(int64_t panel) {
     const int64_t first = panel * kCols, count = lesser(kCols, keys - first), slot = panel % ring;
-    pack<T>(a, first, count, kCols, &panels[slot * kCols * a.width]);
+    pack<T>(a, first, count, kCols, &panels[slot * kCols * words]);
     for (int64_t i = 0; i < kCols; ++i) panel_ids[slot * kCols + i] = i < count ? a.ids[first + i] : 0;
   }
 
@@ -198,28 +244,45 @@ struct Walk {
         const int64_t start = lesser(greater(a.start[t - a.past], -a.past), a.rows);
         oldest[row] = greater(oldest[row], a.past + start);
       }
-      band[row] = a.windows - 1;
+      enter(row, a.windows - 1);
     }
     for (int64_t row = 0; row < count; row += kStrip)
-      pack<T>(a, first_row + row, lesser(kStrip, count - row), kStrip, &queries[row * a.width]);
+      pack<T>(a, first_row + row, lesser(kStrip, count - row), kStrip, &queries[row * words]);
     norm.clear();
     mass.clear();
   }
 
-  // Takes in a row's scores with one panel, a band at a time.
+  void enter(int64_t row, int64_t j) {
+    band[row] = j;
+    band_end[row] = j > 0 ? first_row + row - a.window[j - 1] : first_row + row;
+  }
+
+  // Takes in a row's scores with one panel.
   void reduce(int64_t row, int64_t panel, vec s0, vec s1) {
+    const int64_t left = panel * kCols;
+    const int32_t* ids = &panel_ids[panel % ring * kCols];
+    const vec top = splat(norm.top[row]);
+    const bool below = !any(~((s0 <= top) & (s1 <= top)));  // nor is any NaN
+    if (!below || left < oldest[row] || left + kCols > band_end[row]) return reduce_bands(row, panel, s0, s1);
+    norm.add_below_top(row, s0, s1);
+    const ivec id = isplat(a.ids[first_row + row]), m0 = load_ids(ids) == id, m1 = load_ids(ids + kWidth) == id;
+    if (any(m0 | m1)) mass.add(row, s0, s1, m0, m1);
+  }
+
+  // The same a band at a time, with whatever scores.
+  __attribute__((noinline)) void reduce_bands(int64_t row, int64_t panel, vec s0, vec s1) {
     const int64_t t = first_row + row, left = panel * kCols, stop = lesser(left + kCols, t);
     const int32_t* ids = &panel_ids[panel % ring * kCols];
     s0 = select(s0 == s0, s0, splat(INFINITY));  // a NaN must not lose against any maximum; it comes back as inf - inf
     s1 = select(s1 == s1, s1, splat(INFINITY));
     for (int64_t first = greater(left, oldest[row]); first < stop;) {
-      for (; band[row] > 0 && a.window[band[row] - 1] >= t - first; --band[row]) flush(row);
-      const int64_t end = band[row] > 0 ? lesser(stop, t - a.window[band[row] - 1]) : stop;
+      for (; band[row] > 0 && first >= band_end[row]; enter(row, band[row] - 1)) flush(row);
+      const int64_t end = lesser(stop, band_end[row]);
       const ivec lane0 = lane_index() + isplat(int32_t(left - first)), lane1 = lane0 + int32_t(kWidth);
       const ivec length = isplat(int32_t(end - first)), id = isplat(a.ids[t]);
       const ivec m0 = (lane0 >= 0) & (lane0 < length), m1 = (lane1 >= 0) & (lane1 < length);
-      norm.add(row, &theta[0], s0, s1, m0, m1);
-      mass.add(row, &theta[0], s0, s1, m0 & (load_ids(ids) == id), m1 & (load_ids(ids + kWidth) == id));
+      norm.add(row, s0, s1, m0, m1);
+      mass.add(row, s0, s1, m0 & (load_ids(ids) == id), m1 & (load_ids(ids + kWidth) == id));
       first = end;
     }
   }
@@ -247,7 +310,7 @@ struct Walk {
           const int64_t strip_end = lesser(strip + kStrip, count);
           if (!seen(strip, strip_end, panel)) continue;
           vec scores[kStrip][2];
-          multiply(&queries[strip * a.width], &panels[panel % ring * kCols * a.width], a.width, scores);
+          multiply<T>(&queries[strip * words], &panels[panel % ring * kCols * words], words, scores);
           for (int64_t row = strip; row < strip_end; ++row)
             reduce(row, panel, scores[row - strip][0], scores[row - strip][1]);
         }

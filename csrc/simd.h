@@ -30,6 +30,14 @@ typedef uint16_t hvec __attribute__((vector_size(kWidth * 2)));
 
 FASTLM_INLINE vec splat(float x) { return x - vec{}; }  // x - 0 keeps the sign of -0, 0 + x does not
 FASTLM_INLINE ivec isplat(int32_t x) { return x - ivec{}; }
+
+// The 32 bits at p in every lane, whatever they mean: splat would make another NaN of a NaN's bits.
+FASTLM_INLINE vec broadcast(const float* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return (vec)isplat(bits);
+}
+
 FASTLM_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTLM_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -40,6 +48,21 @@ FASTLM_INLINE ivec lane_index() {
 }
 
 FASTLM_INLINE vec select(ivec mask, vec yes, vec no) { return mask ? yes : no; }
+
+// Whether any lane of a mask is set.
+FASTLM_INLINE bool any(ivec mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kWidth; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
 
 // b where either is NaN. The compiler makes two instructions of the comparison, hence the intrinsics.
 #if defined(__AVX512F__)
