@@ -1,18 +1,19 @@
-// Cross entropy of rows of float32 logits on the CPU: each row gives its loss and, if asked, becomes the gradient of
-// scale times it, in place. One work item is a row; the GEMMs around it are the vendor's
+// Cross entropy of rows of logits on the CPU, computed in float32: each row gives its loss and, if asked, becomes the
+// gradient of scale times it, in place. One work item is a row; the GEMMs around it are PyTorch's
 // (fastlm/ops/linear_cross_entropy.py).
 #include "dtype.h"
 
 namespace fastlm {
 
 struct LinearCrossEntropyArgs {
-  float* logits;          // [rows, classes]
+  void* logits;           // [rows, classes]
   const int64_t* target;  // [rows]
   const float* scale;     // [rows], or null for 1
   float* loss;            // [rows]
   int64_t classes, ignore_index;
   float label_smoothing;
   bool gradient;
+  DType dtype;  // of the logits
 };
 
 }  // namespace fastlm
@@ -27,73 +28,61 @@ namespace {
 
 constexpr int64_t kRun = 128 * kWidth;  // float32 lanes add up one run, a double the runs: any vocabulary stays exact
 
-FASTLM_INLINE float row_max(const float* z, int64_t n) {
+template <typename T>
+FASTLM_INLINE float row_max(const T* z, int64_t n) {
   vec top = splat(-INFINITY);
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) top = max(load(z + i), top);
   float m = max(top);
-  for (; i < n; ++i) m = z[i] > m ? z[i] : m;
+  for (; i < n; ++i) m = to_float(z[i]) > m ? to_float(z[i]) : m;
   return m;
 }
 
-// Sum of exp(z - shift) of one run; keeps the terms in place of z if asked.
-template <bool keep>
-FASTLM_INLINE float exp_sum(float* z, int64_t n, float shift) {
-  vec total = {};
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const vec e = exp(load(z + i) - shift);
-    if (keep) store(z + i, e);
-    total += e;
-  }
-  if (i < n) {
-    const vec e = exp(load(z + i, n - i) - shift);
-    if (keep) store(z + i, e, n - i);
-    total += select(lane_index() < isplat(int32_t(n - i)), e, vec{});
-  }
-  return sum(total);
-}
-
-FASTLM_INLINE double plain_sum(const float* z, int64_t n) {
+// Sum of term(z) over the row.
+template <typename T, typename Term>
+FASTLM_INLINE double row_sum(const T* z, int64_t n, Term term) {
   double total = 0.0;
   for (int64_t begin = 0; begin < n; begin += kRun) {
-    const int64_t end = lesser(begin + kRun, n);
     vec lanes = {};
-    for (int64_t i = begin; i < end; i += kWidth) lanes += load(z + i, end - i);
+    for_each_vector(lesser(kRun, n - begin), [&](int64_t j, int64_t count) {
+      const vec terms = term(load(z + begin + j, count));
+      lanes += count == kWidth ? terms : select(lane_index() < isplat(int32_t(count)), terms, vec{});
+    });
     total += sum(lanes);
   }
   return total;
 }
 
-FASTLM_INLINE void scale_row(float* z, int64_t n, float factor, float offset) {
-  for (int64_t i = 0; i < n; i += kWidth) store(z + i, load(z + i, n - i) * factor - offset, n - i);
+// The exponentials of the gradient are made a second time: kept in 16 bits they would be rounded twice.
+template <typename T>
+void run(const LinearCrossEntropyArgs& a, int64_t begin, int64_t end) {
+  const float smoothing = a.label_smoothing;
+  for (int64_t row = begin; row < end; ++row) {
+    T* z = static_cast<T*>(a.logits) + row * a.classes;
+    const int64_t target = a.target[row], n = a.classes;
+    if (target == a.ignore_index) {
+      a.loss[row] = 0.0f;
+      if (a.gradient) memset(z, 0, n * sizeof(T));
+      continue;
+    }
+    const float top = row_max(z, n), at_target = to_float(z[target]);
+    const double mean = smoothing != 0.0f ? row_sum(z, n, [](vec v) { return v; }) / double(n) : 0.0;
+    const double total = row_sum(z, n, [&](vec v) { return exp(v - top); });
+    a.loss[row] = float(::log(total) + double(top) - (1.0 - smoothing) * at_target - smoothing * mean);
+    if (!a.gradient) continue;
+    const float scale = a.scale == nullptr ? 1.0f : a.scale[row], share = smoothing / float(n);
+    const float p_target = float(exp(splat(at_target - top))[0] / total);
+    const float factor = float(scale / total), offset = scale * share;
+    for_each_vector(
+        n, [&](int64_t j, int64_t count) { store(z + j, exp(load(z + j, count) - top) * factor - offset, count); });
+    z[target] = from_float<T>(scale * (p_target - (1.0f - smoothing) - share));
+  }
 }
 
 }  // namespace
 
 void linear_cross_entropy_rows(const LinearCrossEntropyArgs& a, int64_t begin, int64_t end) {
-  const float smoothing = a.label_smoothing;
-  for (int64_t row = begin; row < end; ++row) {
-    float* z = a.logits + row * a.classes;
-    const int64_t target = a.target[row], n = a.classes;
-    if (target == a.ignore_index) {
-      a.loss[row] = 0.0f;
-      if (a.gradient) memset(z, 0, n * sizeof(float));
-      continue;
-    }
-    const float top = row_max(z, n), at_target = z[target];
-    const double mean = smoothing != 0.0f ? plain_sum(z, n) / double(n) : 0.0;
-    double total = 0.0;
-    for (int64_t i = 0; i < n; i += kRun)
-      total +=
-          a.gradient ? exp_sum<true>(z + i, lesser(kRun, n - i), top) : exp_sum<false>(z + i, lesser(kRun, n - i), top);
-    a.loss[row] = float(::log(total) + double(top) - (1.0 - smoothing) * at_target - smoothing * mean);
-    if (!a.gradient) continue;
-    const float scale = a.scale == nullptr ? 1.0f : a.scale[row], share = smoothing / float(n);
-    const float target_gradient = scale * (float(z[target] / total) - (1.0f - smoothing) - share);
-    scale_row(z, n, float(scale / total), scale * share);
-    z[target] = target_gradient;
-  }
+  FASTLM_DISPATCH(a.dtype, run<scalar_t>(a, begin, end));
 }
 
 }  // namespace fastlm::FASTLM_ISA
@@ -110,8 +99,8 @@ Tensor linear_cross_entropy_rows_(Tensor logits, const Tensor& target_, const st
                                   int64_t ignore_index, double label_smoothing, bool gradient) {
   const Tensor target = contiguous(target_);
   const std::optional<Tensor> scale = contiguous(scale_);
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.scalar_type() == ScalarType::Float,
-                  "logits must be a contiguous float32 matrix");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be a contiguous matrix");
+  const DType dtype = dtype_of(logits, "logits");
   const int64_t rows = logits.size(0), classes = logits.size(1);
   STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.numel() == rows, "target must be int64 [rows]");
   STD_TORCH_CHECK(!scale || (scale->scalar_type() == ScalarType::Float && scale->numel() == rows),
@@ -120,17 +109,18 @@ Tensor linear_cross_entropy_rows_(Tensor logits, const Tensor& target_, const st
   for (int64_t i = 0; i < rows; ++i)
     STD_TORCH_CHECK((ids[i] >= 0 && ids[i] < classes) || ids[i] == ignore_index, "target outside the vocabulary");
 
-  Tensor loss = torch::stable::new_empty(logits, {rows});
+  Tensor loss = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
   if (rows == 0) return loss;
 
-  const LinearCrossEntropyArgs args{static_cast<float*>(logits.mutable_data_ptr()),
+  const LinearCrossEntropyArgs args{logits.mutable_data_ptr(),
                                     ids,
                                     static_cast<const float*>(data(scale)),
                                     static_cast<float*>(loss.mutable_data_ptr()),
                                     classes,
                                     ignore_index,
                                     float(label_smoothing),
-                                    gradient};
+                                    gradient,
+                                    dtype};
   torch::stable::parallel_for(0, rows, 1 + 32768 / (classes + 1),
                               [&](int64_t begin, int64_t end) { linear_cross_entropy_rows_kernel(args, begin, end); });
   return loss;

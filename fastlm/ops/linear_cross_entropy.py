@@ -10,9 +10,12 @@ of the loss of row n,
 
 A chunk of rows goes through all of it while its logits are in a workspace, where they become their own gradient in
 place. For "mean" and "sum", g_n is known up to a factor in the forward, which leaves the gradients ready; for "none"
-the backward makes the logits again. A chunk has as many rows as a byte budget for its float32 logits allows, down to a
-floor that only a vocabulary above 524,288 words meets: the price of a chunk is one more trip through W and dW.
-Logits, loss and the sum over chunks are float32 for 16-bit inputs.
+the backward makes the logits again. A chunk has as many rows as a byte budget for its logits allows, a third of them at
+most, and no fewer than a floor: the price of a chunk is one more trip through W and dW.
+
+Logits and their gradient are bfloat16 for bfloat16 inputs and float32 for float16, whose range their gradients leave;
+what happens between them, the loss and sums over chunks are float32. Up to six chunks may add up dW in bfloat16:
+rounding k sums of random terms is sqrt(k / 2) times the error of rounding the last.
 
 Chunking the rows and taking the gradient in the forward: Malik Hsu et al., "Liger Kernel", arXiv 2410.10989.
 """
@@ -23,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import _lib
-from fastlm.ops import _checks
+from fastlm.ops import _checks, _matmul
 
 _lib.define(
     "linear_cross_entropy_rows_(Tensor(a!) logits, Tensor target, Tensor? scale, int ignore_index, "
@@ -35,8 +38,11 @@ _lib.define(
 )
 _lib.declare("linear_cross_entropy", kernels=("linear_cross_entropy_rows_",))
 
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-_CHUNK_ROWS = {"cpu": (16, 1024), "cuda": (256, 4096)}  # fewer: too many trips through W; more gain nothing
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # above 32 MB, malloc asks for new pages at every chunk
+_CHUNK_ROWS = {"cpu": (192, 1024), "cuda": (256, 4096)}  # fewer: too many trips through W; more gain nothing
+_LEAST_CHUNKS = 3  # of a megabyte at least
+_ROUNDED_CHUNKS = 6  # that may add up dW in 16 bits
+_BLOCK = 8192  # classes whose part of dW is added at a time, where that is in float32
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -57,8 +63,18 @@ def _state_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _work_dtype(x):
+    """Of the logits and their gradient."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 def _rows_(logits, target, scale, ignore_index, label_smoothing, gradient):
     """Loss of each row of logits `[c, V]`; if asked, the logits become scale times its gradient."""
+    if logits.dtype != _state_dtype(logits):
+        wide = logits.to(_state_dtype(logits))
+        loss = _rows_(wide, target, scale, ignore_index, label_smoothing, gradient)
+        logits.copy_(wide)
+        return loss
     kept = target != ignore_index
     wanted = torch.where(kept, target, 0)[:, None]
     shift = logits.amax(1, keepdim=True)
@@ -74,48 +90,73 @@ def _rows_(logits, target, scale, ignore_index, label_smoothing, gradient):
     return torch.where(kept, loss[:, 0], 0)
 
 
-def _chunks(rows, classes, device):
+def _chunks(rows, classes, device, itemsize):
     """Bounds of equal chunks of rows, whose logits keep to the budget unless the least number of rows exceeds it."""
     least, most = _CHUNK_ROWS.get(device, _CHUNK_ROWS["cuda"])
     budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"])
-    size = max(least, min(most, budget // (4 * max(1, classes))))
-    count = -(-rows // size)
+    size = max(least, min(most, budget // (itemsize * max(1, classes))))
+    count = max(-(-rows // size), min(_LEAST_CHUNKS, rows, rows * classes * itemsize >> 20))
     return [rows * i // count for i in range(count + 1)] if rows else [0]
+
+
+def _logits(x, w, bias, space):
+    if space is None:
+        return _matmul.linear(x, w, bias)
+    out = space[: len(x)]
+    return torch.mm(x, w.T, out=out) if bias is None else torch.addmm(bias, x, w.T, out=out)
+
+
+def _add_weight_gradient(total, dz, x, first):
+    """Adds dz^T x to `total`, whatever that holds before the first time."""
+    if total.dtype != x.dtype:
+        for begin in range(0, len(total), _BLOCK):
+            part = torch.mm(dz[:, begin : begin + _BLOCK].T, x)
+            total[begin : begin + _BLOCK].copy_(part) if first else total[begin : begin + _BLOCK].add_(part)
+    elif _matmul.by_onednn(dz.T, x):
+        product = _matmul.matmul(dz.T, x)
+        total.copy_(product) if first else total.add_(product)
+    else:
+        total.addmm_(dz.T, x, beta=0 if first else 1)
 
 
 def _chunked(input, weight, bias, target, scale, ignore_index, label_smoothing, needs_input, needs_weight, needs_bias):
     """Loss of each row, and the gradients of the sum of scale times loss that are needed (the others are empty)."""
-    (rows, _), classes, state = input.shape, len(weight), _state_dtype(input)
+    (rows, _), classes, state, work = input.shape, len(weight), _state_dtype(input), _work_dtype(input)
     _check_targets(target, classes, ignore_index)
+    bounds = _chunks(rows, classes, input.device.type, work.itemsize) if classes else [0]
+    total_dtype = work if len(bounds) - 1 <= _ROUNDED_CHUNKS else state
     loss = input.new_zeros(rows, dtype=state)
     grad_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=state) if needs_weight else input.new_empty(0)
+    grad_weight = input.new_empty(weight.shape if needs_weight else 0, dtype=total_dtype)
     grad_bias = input.new_zeros(classes if needs_bias else 0, dtype=state)
-    bounds = _chunks(rows, classes, input.device.type)
     largest = max((last - first for first, last in pairwise(bounds)), default=0)
-    logits_space = input.new_empty((largest, classes), dtype=state)
+
+    def chunk(first, last):
+        x = input[first:last].to(work).contiguous()
+        logits = _logits(x, w, b, space)
+        loss[first:last] = _rows(
+            logits,
+            target[first:last],
+            None if scale is None else scale[first:last],
+            ignore_index,
+            label_smoothing,
+            needs_input or needs_weight or needs_bias,
+        )
+        if needs_input:
+            grad_input[first:last] = _matmul.matmul(logits, w)
+        if needs_weight:
+            _add_weight_gradient(grad_weight, logits, x, first == 0)
+        if needs_bias:
+            grad_bias.add_(logits.sum(0))
+
     with torch.autocast(input.device.type, enabled=False):
-        w = weight.to(state)
-        for first, last in pairwise(bounds if classes else []):
-            x, logits = input[first:last].to(state), logits_space[: last - first]
-            if bias is None:
-                torch.mm(x, w.T, out=logits)
-            else:
-                torch.addmm(bias.to(state), x, w.T, out=logits)
-            loss[first:last] = _rows(
-                logits,
-                target[first:last],
-                None if scale is None else scale[first:last],
-                ignore_index,
-                label_smoothing,
-                needs_input or needs_weight or needs_bias,
-            )
-            if needs_input:
-                grad_input[first:last] = logits @ w
-            if needs_weight:
-                grad_weight.addmm_(logits.T, x)
-            if needs_bias:
-                grad_bias += logits.sum(0)
+        w, b = weight.to(work), None if bias is None else bias.to(work).contiguous()
+        onednn = _matmul.by_onednn(input[:largest].to(work).contiguous(), w.T)
+        space = None if onednn else input.new_empty((largest, classes), dtype=work)
+        for first, last in pairwise(bounds):
+            chunk(first, last)
+    if needs_weight and len(bounds) < 2:
+        grad_weight.zero_()
     return loss, grad_input, grad_weight.to(weight.dtype), grad_bias.to(input.dtype)
 
 
@@ -140,12 +181,15 @@ _lib.reference("linear_cross_entropy_rows_", _rows_)
 _lib.reference("linear_cross_entropy", _chunked)
 _lib.fake(
     "linear_cross_entropy_rows_",
-    lambda logits, target, scale, ignore_index, label_smoothing, gradient: logits.new_empty(logits.shape[0]),
+    lambda logits, target, scale, ignore_index, label_smoothing, gradient: logits.new_empty(
+        logits.shape[0], dtype=_state_dtype(logits)
+    ),
 )
 _lib.fake("linear_cross_entropy", _fake)
 
 _rows = torch.ops.fastlm.linear_cross_entropy_rows_.default
 _linear_cross_entropy = torch.ops.fastlm.linear_cross_entropy.default
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class _Final(torch.autograd.Function):
@@ -166,6 +210,15 @@ class _Final(torch.autograd.Function):
 
 def _needed(ctx, gradients):
     return [x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
+
+
+def _times(gradients, factor):
+    """The gradients times the factor from above; in place, if they are not needed again: they are large."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _graph_is_kept():
+        return [x * factor for x in gradients]
+    if factor.device.type == "cpu" and factor == 1:
+        return gradients
+    return [x.mul_(factor) for x in gradients]
 
 
 class _Reduced(torch.autograd.Function):
@@ -195,7 +248,7 @@ class _Reduced(torch.autograd.Function):
             return None, None, None, None, None, None, None, None
         *gradients, input, weight, bias = ctx.saved_tensors
         with torch.no_grad():
-            gradients = _needed(ctx, [x * grad for x in gradients])
+            gradients = _needed(ctx, _times(gradients, grad))
         return *_Final.apply(input, weight, bias, *gradients), None, None, None, None, None
 
 
