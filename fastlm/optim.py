@@ -47,7 +47,8 @@ class NTASGD(torch.optim.Optimizer):
     """SGD that starts to average its iterates once the validation loss stops improving.
 
     Give it every parameter that is trained, those of the output layer too. A step is a constant number of
-    multi-tensor calls, and nothing is read back from the device.
+    multi-tensor calls, one pass over parameters and gradients where PyTorch has a fused one; nothing is read back from
+    the device.
 
     Args:
         params: parameters or parameter groups.
@@ -94,12 +95,16 @@ class NTASGD(torch.optim.Optimizer):
         self.averaging = True
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None, *, lr_scale: float = 1.0) -> Tensor | None:
+    def step(
+        self, closure: Callable[[], Tensor] | None = None, *, lr_scale: float = 1.0, clip: float = 0.0
+    ) -> Tensor | None:
         """Makes one step at `lr_scale` times the learning rate of each group.
 
         Args:
             closure: computes the gradients anew and returns the loss, which is handed back.
             lr_scale: for windows of varying length, the length over the nominal one.
+            clip: the gradients are scaled down to this norm of all of them together, as by
+                `torch.nn.utils.clip_grad_norm_`, before the weight decay; 0: they are taken as they are.
         """
         loss = None
         if closure is not None:
@@ -109,16 +114,20 @@ class NTASGD(torch.optim.Optimizer):
         if self.averaging and self.lag:
             scale = lr_scale if self._late_scale is None else self._late_scale
             self._late_scale = lr_scale
+        divisor = self._divisor(clip) if clip else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                grads = [p.grad for p in params]
-                if group["weight_decay"] != 0:
-                    grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-                torch._foreach_add_(params, grads, alpha=-group["lr"] * scale)
+            for same in _by_kind(params):
+                _sgd(same, group["lr"] * scale, group["weight_decay"], divisor)
         if self.averaging:
             self._update_average()
         return loss
+
+    def _divisor(self, clip: float) -> Tensor:
+        """What the gradients must be divided by for a norm of at most `clip`; at least 1."""
+        grads = [p.grad for p in self._params() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        return ((norm.float() + 1e-6) / clip).clamp(min=1.0)
 
     def _update_average(self) -> None:
         self.averaged_steps += 1
@@ -190,3 +199,50 @@ class NTASGD(torch.optim.Optimizer):
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+
+def _fusible(p: Tensor) -> bool:
+    """Whether PyTorch's fused kernel may have it: it ignores strides, and on a CPU gets 16-bit weight decay wrong."""
+    return (
+        p.device.type in ("cpu", "cuda")
+        and p.dtype in (torch.float32, torch.float64)
+        and p.grad.layout == torch.strided
+        and p.is_contiguous()
+        and p.grad.is_contiguous()
+        and p.grad.dtype == p.dtype
+    )
+
+
+def _by_kind(params: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters in lists of one device and dtype, those for the fused kernel apart."""
+    lists: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+    for p in params:
+        lists.setdefault((p.device, p.dtype, _fusible(p)), []).append(p)
+    return list(lists.values())
+
+
+def _sgd(params: list[Tensor], rate: float, weight_decay: float, divisor: Tensor | None) -> None:
+    """grad := grad / divisor, p := p - rate (grad + weight_decay p)."""
+    grads = [p.grad for p in params]
+    if divisor is not None:
+        divisor = divisor.to(params[0].device)
+    if _fusible(params[0]):
+        torch._fused_sgd_(
+            params,
+            grads,
+            [],
+            weight_decay=weight_decay,
+            momentum=0.0,
+            lr=rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=True,
+            grad_scale=divisor,
+        )
+        return
+    if divisor is not None:
+        torch._foreach_div_(grads, divisor)
+    if weight_decay != 0:
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    torch._foreach_add_(params, grads, alpha=-rate)

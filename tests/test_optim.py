@@ -50,6 +50,33 @@ def test_sgd_phase_equals_torch_sgd():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["contiguous", "transposed gradient", "transposed parameter"])
+def test_clipping_equals_that_of_torch_for_any_strides(dtype, kind):
+    results = []
+    for ours in (True, False):
+        torch.manual_seed(1)
+        values = torch.randn(5, 7).t() if kind == "transposed parameter" else torch.randn(7, 5)
+        p = torch.nn.Parameter(values.to(dtype))
+        grad = torch.randn(5, 7).t() if kind == "transposed gradient" else torch.randn(7, 5)
+        p.grad = grad.to(dtype)
+        q = torch.nn.Parameter(torch.randn(3).to(dtype))
+        q.grad = torch.randn(3).to(dtype)
+        before = [x.grad.clone() for x in (p, q)]
+        if ours:
+            NTASGD([p, q], lr=0.3, weight_decay=0.1).step(clip=0.5)
+            NTASGD([p, q], lr=0.3, weight_decay=0.1).step(clip=1e9)
+        else:
+            sgd = torch.optim.SGD([p, q], lr=0.3, weight_decay=0.1, foreach=False)
+            torch.nn.utils.clip_grad_norm_([p, q], 0.5)
+            sgd.step()
+            sgd.step()
+        assert not any(torch.equal(x.grad, g) for x, g in zip((p, q), before, strict=True))
+        results += [p.detach(), q.detach()]
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(results[:2], results[2:], rtol=tolerance, atol=tolerance)
+
+
 def test_lag_reproduces_torch_asgd():
     ours, theirs = parameters(), parameters()
     a = NTASGD(ours, lr=0.3, weight_decay=0.1, lag="awd-lstm-lm")

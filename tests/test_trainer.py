@@ -257,14 +257,15 @@ def test_hidden_is_carried_within_an_epoch_and_reset_between(tmp_path, corpus, m
         assert fresh[0] and not any(fresh[1:])
 
 
-def test_gradients_are_clipped(tmp_path, corpus, monkeypatch):
-    trainer = Trainer(tmp_path / "a", recipe(clip=0.01, epochs=1), corpus)
+@pytest.mark.parametrize("optimizer", ["nt-asgd", "sgd"])
+def test_gradients_are_clipped(tmp_path, corpus, monkeypatch, optimizer):
+    trainer = Trainer(tmp_path / "a", recipe(clip=0.01, epochs=1, optimizer=optimizer), corpus)
     norms = []
     step = trainer.optimizer.step
 
-    def spy(**scale):
+    def spy(**options):
+        step(**options)
         norms.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item())
-        step(**scale)
 
     monkeypatch.setattr(trainer.optimizer, "step", spy)
     trainer.fit()

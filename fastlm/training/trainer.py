@@ -217,13 +217,16 @@ class Trainer:
         out = self.model.loss(inputs, targets, self.hidden)
         out.loss.backward()
         self.ranks.average([*(p.grad for p in self.model.parameters()), out.nll])
-        if self.recipe.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
+        clip, averages = self.recipe.clip, isinstance(self.optimizer, NTASGD)
         # NTASGD is told the scale by itself: under compat it takes that of the window before.
-        averages = isinstance(self.optimizer, NTASGD)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr() if averages else self._lr() * lr_scale
-        self.optimizer.step(**({"lr_scale": lr_scale} if averages else {}))
+        if averages:
+            self.optimizer.step(lr_scale=lr_scale, clip=clip)
+        else:
+            if clip:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip, foreach=True)
+            self.optimizer.step()
         self.hidden = detach_state(out.state)
         return out.nll
 
