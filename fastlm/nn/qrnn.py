@@ -128,7 +128,8 @@ class QRNNLayer(torch.nn.Module):
             input = input.masked_fill(~valid.unsqueeze(-1), 0.0)
         if self.reverse:
             input = _flip(input, valid)
-        history = torch.cat([previous.to(input.dtype), input])  # [window - 1 + T, B, I]
+        # [window - 1 + T, B, I]
+        history = input if self.window == 1 else torch.cat([previous.to(input.dtype), input])
         gates = _matmul.linear(self._windows(history), self._weight(), self.linear.bias)
         if valid is not None:
             gates = self._close(gates, valid)
