@@ -44,8 +44,8 @@ def layers(sizes, *, contender):
     return with_gradients(forward, wanted)
 
 
-def work(device, *, sizes, B, T, dtype, contenders=("ours", "rival")):
-    """sizes: of the input and of each layer."""
+def work(device, *, sizes, B, T, dtype, more=()):
+    """sizes: of the input and of each layer. more: contenders beside ours and the rival."""
     form = DTYPES[dtype]
     slow = device == "cpu" and B * T * max(sizes) > 5_000_000  # seconds a call: enough without warming up
     seeds = [torch.tensor(7 + i, device=device) for i in range(len(sizes) - 1)]
@@ -91,15 +91,15 @@ def work(device, *, sizes, B, T, dtype, contenders=("ours", "rival")):
         return reference(x, h, c, w_ih, dropconnect(w_hh, DROP, seeds[i], impl="reference"), b_ih, b_hh)[0]
 
     threads = cores()
-    if contenders == ("oversubscribed",):
-        found = [fast("auto"), fast("auto", threads=2 * threads), rival(), rival(threads=2 * threads)]
-        for entry, name in zip(found, ("fastlm", f"fastlm, {2 * threads} threads", RIVAL), strict=False):
-            entry.name = name
-        found[3].name = f"{RIVAL}, {2 * threads} threads"
-    else:
-        found = [*ours("lstm", device, form, fast), rival()]
-        if "compile" in contenders:
-            found.append(Contender("torch.compile of it", compiled(rival().run), compiled(rival().check)))
+    first, *others = ours("lstm", device, form, fast)
+    found = [first, *(others if "others" in more else ()), rival()]
+    if "threads" in more:
+        many = [fast("auto", threads=2 * threads), rival(threads=2 * threads)]
+        for entry, name in zip(many, ("fastlm", RIVAL), strict=True):
+            entry.name = f"{name}, {2 * threads} threads"
+        found += many
+    if "compile" in more:
+        found.append(Contender("torch.compile of it", compiled(rival().run), compiled(rival().check)))
     result = Work(
         inputs,
         found,
@@ -121,7 +121,7 @@ def flashrnn(device):
 
 
 def layer(dtype, B=20, T=70, H=1150, *, title=None, **options):
-    make = partial(work, sizes=(H, H), B=B, T=T, dtype=dtype, contenders=options.pop("contenders", ("ours", "rival")))
+    make = partial(work, sizes=(H, H), B=B, T=T, dtype=dtype, more=options.pop("more", ()))
     return Case("lstm", title or f"{H} -> {H}, B={B} T={T} {dtype}", make, dtype, **options)
 
 
@@ -150,18 +150,21 @@ CASES += [
     layer(
         "fp32",
         title="1150 -> 1150, B=20 T=70 fp32, with twice as many threads as cores",
-        contenders=("oversubscribed",),
+        more=("threads",),
         size="quick",
         devices=("cpu",),
     ),
-    layer("fp32", title="1150 -> 1150, B=20 T=70 fp32, compiled", contenders=("ours", "rival", "compile")),
+    layer("fp32", title="1150 -> 1150, B=20 T=70 fp32, compiled", more=("others", "compile")),
 ]
 CASES += [
-    layer(d, title=f"sweep over {axis}: {value}, {d}", sweep=(f"lstm {d}", axis, value), **sizes)
+    layer(d, title=f"sweep over {axis}: {value}, {d}", sweep=(f"lstm {d}", axis, value), more=("others",), **sizes)
     for d in ("fp32", "bf16")
     for axis, value, sizes in SWEEPS
 ]
-CASES += [layer("fp32", 2, 3, 8, size="tiny", targets=goal(0.001)), layer("bf16", 2, 3, 8, size="tiny")]
+CASES += [
+    layer("fp32", 2, 3, 8, size="tiny", targets=goal(0.001)),
+    layer("bf16", 2, 3, 8, size="tiny", more=("others", "threads")),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -14,7 +14,7 @@ COPY_BYTES = {"cpu": 168 << 20, "cuda": 1 << 30}
 GEMM_SIZES = {"cpu": (2048, 3072), "cuda": (8192,)}
 
 
-def measure_ceilings(device: str, *, tiny: bool = False, repeats: int = 5) -> dict[str, float]:
+def measure_ceilings(device: str, *, tiny: bool = False, repeats: int = 3) -> dict[str, float]:
     """Copy in GB/s, read and write counted; products in GFLOP/s for fp32 and bf16 (on a GPU fp32 is TF32-free)."""
     sizes = (256,) if tiny else GEMM_SIZES[device]
     found = {"copy": _copy(device, 1 << 20 if tiny else COPY_BYTES[device], repeats)}

@@ -76,14 +76,15 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def as_markdown(found: dict[str, Any], *, targets_only: bool = False) -> str:
-    """The table in Markdown, with the same facts under it."""
+    """The table in Markdown, with the same facts under it; of the lines with a target alone, the first facts."""
     lines = [HEAD, ["---"] * len(HEAD), *table(found, targets_only=targets_only)]
     body = [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
-    return "\n".join([*body, "", *facts(found, brief=targets_only)])
+    first, second, *others = facts(found)
+    return "\n".join([*body, "", first, "", second, *(() if targets_only else ["", *(f"- {fact}" for fact in others)])])
 
 
-def facts(found: dict[str, Any], *, brief: bool = False) -> list[str]:
-    """What a reader must know to trust the table."""
+def facts(found: dict[str, Any]) -> list[str]:
+    """What a reader must know to trust the table: where, the ceilings, then notes, what was not timed and why."""
     tops = found["ceilings"]
     where = found["gpu"] or f"{found['processor']}, {found['cores']} cores, {found['threads']} threads"
     lines = [
@@ -94,14 +95,14 @@ def facts(found: dict[str, Any], *, brief: bool = False) -> list[str]:
         f"Ceilings of the same run: copy {tops['copy']:.1f} GB/s, GEMM {tops['fp32']:,.0f} GFLOP/s in fp32 and "
         f"{tops['bf16']:,.0f} in bf16. The share of a ceiling is that of the least bytes or products the work needs.",
     ]
-    if brief:
-        return ["\n\n".join(lines)]
-    notes = {f"{c['name']} ({case['title']}): {c['note']}." for case in found["cases"] for c in case["contenders"] if
-             c["note"] and not c["note"].startswith("impl ")}  # fmt: skip
-    missing = {f"Not timed: {name} ({case['op']}): {why}." for case in found["cases"] for name, why in
-               case["left_out"].items()}  # fmt: skip
+    notes, missing = set(), set()
+    for case in found["cases"]:
+        title = f"{case['op']}: {case['title']}"
+        notes |= {f"{c['name']} ({title}): {c['note']}." for c in case["contenders"] if c["note"]}
+        missing |= {f"Not timed: {name} ({case['op']}): {why}." for name, why in case["left_out"].items()}
+    notes = {note for note in notes if not note.startswith("fastlm")}
     failed = [f"FAILED: {name}: {why}" for name, why in found["failures"].items()]
-    return ["\n".join([*lines, *sorted(notes), *sorted(missing), *failed, *profiles(found)])]
+    return [*lines, *sorted(notes), *sorted(missing), *failed, *profiles(found)]
 
 
 def profiles(found: dict[str, Any]) -> list[str]:
