@@ -50,8 +50,7 @@ def work(device, *, recipe, dtype, averaging=False, settings=None, V=10_000, T=7
         with context():
             out = model.loss(tokens, targets, state["ours"])
         out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip, foreach=True)
-        ours.step(lr_scale=1.0)
+        ours.step(lr_scale=1.0, clip=recipe.clip)
         state["ours"] = detach_state(out.state)
         return results(model, ours)
 
