@@ -1,7 +1,7 @@
 # Every target sets itself up from nothing: Python 3.10+ and a C++ compiler are enough, a GPU is not needed.
 #   make demo      train two small models on a corpus that needs no download, tune the cache, print one table
 #   make test      every test
-#   make bench     time everything beside its competitors; ARGS="--quick" for ten minutes instead of an hour
+#   make bench     time everything beside its competitors; ARGS="--quick" for the lines with a target alone
 #   make sanitize  the tests of the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make lint      formatting and the rules that a grep can check
 #   make clean     remove all that the other targets made
