@@ -1,27 +1,23 @@
-// How the pooling operators split [T, B, H] into work items: a run of channels of one batch row, over all of time.
-// Every channel is a recurrence of its own, so the split changes no result.
+// How the pooling operators split [T, B, H]: a thread has a range of the B H channels, in the order of memory, and
+// walks it through time in blocks of kBlock. Every channel is a recurrence of its own, so the split changes no result.
 #pragma once
 #include <cstdint>
 
 #include "dtype.h"
 #ifdef FASTLM_ISA
 #include "simd.h"
+#else
+#include "common.h"
 #endif
 
 namespace fastlm {
 
-constexpr int64_t kChannels = 1024;  // of one work item at most: its fp32 state stays in the first-level cache
+constexpr int64_t kUnit = 64;      // a range begins at a multiple of it
+constexpr int64_t kBlock = 16384;  // whole rows of memory in one piece, and an fp32 state that fits a private cache
 
 struct Channels {
-  int64_t batch, hidden, run, runs;  // a batch row is `runs` items of at most `run` channels
+  int64_t batch, hidden, count;  // count = batch hidden
 };
-
-// Shorter runs where rows alone would leave threads idle.
-static inline Channels split_channels(int64_t batch, int64_t hidden, int64_t threads) {
-  int64_t run = kChannels;
-  while (run > 128 && batch * ((hidden + run - 1) / run) < 4 * threads) run /= 2;
-  return {batch, hidden, run, (hidden + run - 1) / run};
-}
 
 #ifdef FASTLM_ISA
 namespace FASTLM_ISA {
@@ -41,8 +37,31 @@ FASTLM_INLINE void store_state(void* state, DType dtype, int64_t offset, int64_t
     FASTLM_DISPATCH(dtype, store(static_cast<scalar_t*>(state) + offset + j, load(run + j), count - j));
 }
 
+// `count` channels from `channel` of batch row b on, which are channels `first` and on of all.
+struct Segment {
+  int64_t b, channel, first, count;
+};
+
+// The segment of at most `most` channels that begins with channel `first` of all and ends before `end`.
+FASTLM_INLINE Segment segment_at(const Channels& channels, int64_t first, int64_t end, int64_t most) {
+  const int64_t b = first / channels.hidden, channel = first % channels.hidden;
+  return {b, channel, first, lesser(most, lesser(channels.hidden - channel, end - first))};
+}
+
 }  // namespace
 }  // namespace FASTLM_ISA
+#else
+
+// Calls body(begin, end) on the threads, for ranges of channels.
+template <typename Body>
+void split_channels(const Channels& channels, int64_t steps, Body body) {
+  const int64_t units = (channels.count + kUnit - 1) / kUnit;
+  const int64_t grain = 1 + 32768 / (kUnit * (steps + 1));  // units worth a thread
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    body(begin * kUnit, end == units ? channels.count : end * kUnit);
+  });
+}
+
 #endif
 
 }  // namespace fastlm

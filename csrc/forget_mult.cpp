@@ -1,5 +1,5 @@
-// ForgetMult on the CPU: h_t = h_{t-1} + f_t (x_t - h_{t-1}) and its adjoint over [T, B, H]. A work item walks a run of
-// channels of one batch row through time, its running state in the first-level cache: one pass over memory.
+// ForgetMult on the CPU: h_t = h_{t-1} + f_t (x_t - h_{t-1}) and its adjoint over [T, B, H]. A work item walks a block
+// of channels through time, its running state in the caches: one pass over memory.
 #include "channels.h"
 
 namespace fastlm {
@@ -23,16 +23,18 @@ namespace {
 
 template <typename T>
 void forward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
-  const auto [batch, hidden, run, runs] = a.channels;
-  alignas(64) float state[kChannels];
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / runs * hidden + item % runs * run, count = lesser(run, hidden - item % runs * run);
-    load_state(a.h0, a.state, first, count, state);
+  const int64_t width = a.channels.count;
+  alignas(64) float state[kBlock];
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t count = lesser(kBlock, end - block);
+    load_state(a.h0, a.state, block, count, state);
     for (int64_t step = 0; step < a.steps; ++step) {
-      const int64_t row = (a.reverse ? a.steps - 1 - step : step) * batch * hidden + first;
+      const int64_t row = (a.reverse ? a.steps - 1 - step : step) * width + block;
       const T *f = static_cast<const T*>(a.f) + row, *x = static_cast<const T*>(a.x) + row;
       T* out = static_cast<T*>(a.out) + row;
+      const int64_t ahead = step + 1 == a.steps ? 0 : a.reverse ? -width : width;
       for_each_vector(count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        prefetch(f + ahead + j), prefetch(x + ahead + j);
         vec h = load(state + j);
         h += load(f + j, n) * (load(x + j, n) - h);
         store(state + j, h);
@@ -44,20 +46,21 @@ void forward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void backward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
-  const auto [batch, hidden, run, runs] = a.channels;
-  alignas(64) float start[kChannels], sum[kChannels];
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / runs * hidden + item % runs * run, count = lesser(run, hidden - item % runs * run);
-    load_state(a.h0, a.state, first, count, start);
+  const int64_t width = a.channels.count, back = a.reverse ? width : -width;
+  alignas(64) float start[kBlock], sum[kBlock];
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t count = lesser(kBlock, end - block);
+    load_state(a.h0, a.state, block, count, start);
     load_state(nullptr, DType::f32, 0, count, sum);
     for (int64_t step = a.steps - 1; step >= 0; --step) {
-      const int64_t time = a.reverse ? a.steps - 1 - step : step, before = a.reverse ? time + 1 : time - 1;
-      const int64_t row = time * batch * hidden + first;
+      const int64_t row = (a.reverse ? a.steps - 1 - step : step) * width + block;
       const T *f = static_cast<const T*>(a.f) + row, *x = static_cast<const T*>(a.x) + row;
       const T* grad = static_cast<const T*>(a.grad) + row;
-      const T* h = step > 0 ? static_cast<const T*>(a.h) + before * batch * hidden + first : nullptr;
+      const T* h = step > 0 ? static_cast<const T*>(a.h) + row + back : nullptr;
       T *df = static_cast<T*>(a.df) + row, *dx = static_cast<T*>(a.dx) + row;
+      const int64_t ahead = step == 0 ? 0 : back;
       for_each_vector(count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        prefetch(f + ahead + j), prefetch(x + ahead + j), prefetch(grad + ahead + j);
         const vec gate = load(f + j, n), total = load(sum + j) + load(grad + j, n);
         const vec previous = h == nullptr ? load(start + j) : load(h + j, n);
         store(df + j, (load(x + j, n) - previous) * total, n);
@@ -65,7 +68,7 @@ void backward(const ForgetMultArgs& a, int64_t begin, int64_t end) {
         store(sum + j, total - gate * total);
       });
     }
-    store_state(a.dh0, a.state, first, count, sum);
+    store_state(a.dh0, a.state, block, count, sum);
   }
 }
 
@@ -103,7 +106,7 @@ ForgetMultArgs arguments(const Tensor& f, const Tensor& x, const std::optional<T
   args.x = x.const_data_ptr();
   args.h0 = data(h0);
   args.steps = f.size(0);
-  args.channels = split_channels(f.size(1), f.size(2), torch::stable::get_num_threads());
+  args.channels = {f.size(1), f.size(2), f.size(1) * f.size(2)};
   args.dtype = dtype_of(f, "f");
   args.state = dtype_of(h0.has_value() ? *h0 : f, "h0");
   args.reverse = reverse;
@@ -111,10 +114,7 @@ ForgetMultArgs arguments(const Tensor& f, const Tensor& x, const std::optional<T
 }
 
 void launch(void (*kernel)(const ForgetMultArgs&, int64_t, int64_t), const ForgetMultArgs& args) {
-  const Channels& channels = args.channels;
-  const int64_t grain = 1 + 32768 / (channels.run * (args.steps + 1));  // items worth a thread
-  torch::stable::parallel_for(0, channels.batch * channels.runs, grain,
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  split_channels(args.channels, args.steps, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 Tensor fwd(const Tensor& f_, const Tensor& x_, const std::optional<Tensor>& h0_, bool reverse) {

@@ -1,6 +1,6 @@
-// QRNN pooling on the CPU: from pre-activations [T, B, kH] to h [T, B, H], and the adjoint. A work item walks a run of
-// channels of one batch row through time, its state in the first-level cache: one pass over memory. The backward pass
-// goes through time in chunks of kEvery steps from the back and recomputes each from the state kept before it.
+// QRNN pooling on the CPU: from pre-activations [T, B, kH] to h [T, B, H], and the adjoint. A thread walks a block of
+// channels through time, their state in its caches: one pass over memory. The backward pass goes through time in chunks
+// of kEvery steps from the back and recomputes each from the state kept before it.
 #include "channels.h"
 
 namespace fastlm {
@@ -31,7 +31,8 @@ struct QrnnPoolArgs {
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-constexpr int64_t kPart = 128;  // channels of a chunk in the backward pass: its tape stays in the first-level cache
+constexpr int64_t kRun = 1024;  // channels at a time in the forward pass
+constexpr int64_t kPart = 128;  // and in the backward pass: the tape of a chunk stays in the first-level cache
 
 template <typename T>
 const T* at(const void* x, int64_t offset) {
@@ -63,59 +64,72 @@ FASTLM_INLINE vec next_cell(vec c, vec z, vec write, vec i) {
 
 template <typename T, int kGates>
 void forward(const QrnnPoolArgs& a, int64_t begin, int64_t end) {
-  const auto [batch, hidden, run, runs] = a.channels;
-  alignas(64) float state[kChannels], buffer[kChannels + kDraw + 3];
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / runs, channel = item % runs * run, count = lesser(run, hidden - channel);
-    load_state(a.c0, a.state, b * hidden + channel, count, state);
+  const int64_t hidden = a.channels.hidden;
+  alignas(64) float state[kBlock], buffer[kRun + kDraw + 3];
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t stop = lesser(block + kBlock, end), first_b = block / hidden, last_b = (stop - 1) / hidden;
+    load_state(a.c0, a.state, block, stop - block, state);
     for (int64_t step = 0; step < a.steps; ++step) {
-      const int64_t row = row_of(a, step, b);
       if (a.kept != nullptr && step % kEvery == 0)
-        store_state(a.kept, DType::f32, (step / kEvery * batch + b) * hidden + channel, count, state);
-      const float* factors = draw_factors(a, row * hidden + channel, count, buffer);
-      const T *gz = at<T>(a.gates, row * kGates * hidden + channel), *gf = gz + hidden, *go = gf + hidden,
-              *gi = go + hidden;
-      T* h = static_cast<T*>(a.h) + row * hidden + channel;
-      for_each_vector(count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-        const vec factor = factors == nullptr ? splat(a.scale) : load(factors + j);
-        const vec i = kGates == 4 ? sigmoid(load(gi + j, n)) : splat(0.0f);
-        const vec c = next_cell<kGates>(load(state + j), tanh(load(gz + j, n)), factor * sigmoid(load(gf + j, n)), i);
-        store(state + j, c);
-        store(h + j, kGates == 2 ? c : sigmoid(load(go + j, n)) * c, n);
-      });
+        store_state(a.kept, DType::f32, step / kEvery * a.channels.count + block, stop - block, state);
+      for (int64_t first = block; first < stop;) {
+        const Segment s = segment_at(a.channels, first, stop, kRun);
+        const int64_t row = row_of(a, step, s.b);
+        const int64_t next = s.b < last_b ? row + 1 : row_of(a, lesser(step + 1, a.steps - 1), first_b);
+        const float* factors = draw_factors(a, row * hidden + s.channel, s.count, buffer);
+        const T *gz = at<T>(a.gates, row * kGates * hidden + s.channel), *gf = gz + hidden, *go = gf + hidden,
+                *gi = go + hidden, *ahead = gz + (next - row) * kGates * hidden;
+        T* h = static_cast<T*>(a.h) + row * hidden + s.channel;
+        float* c = state + (first - block);
+        for_each_vector(s.count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+          for (int k = 0; k < kGates; ++k) prefetch(ahead + k * hidden + j);
+          const vec factor = factors == nullptr ? splat(a.scale) : load(factors + j, n);
+          const vec i = kGates == 4 ? sigmoid(load(gi + j, n)) : splat(0.0f);
+          const vec after =
+              next_cell<kGates>(load(c + j, n), tanh(load(gz + j, n)), factor * sigmoid(load(gf + j, n)), i);
+          store(c + j, after, n);
+          store(h + j, kGates == 2 ? after : sigmoid(load(go + j, n)) * after, n);
+        });
+        first += s.count;
+      }
     }
-    store_state(a.c_n, a.state, b * hidden + channel, count, state);
+    store_state(a.c_n, a.state, block, stop - block, state);
   }
 }
 
-// What the forward half of a chunk leaves for its backward half; c[u] is the state before step u of the chunk.
+// What the forward half of a chunk leaves for its backward half; c[u] is the state before step u of the chunk. A write
+// gate f that zoneout masks is 0.
 struct Tape {
-  alignas(64) float c[kEvery + 1][kPart], z[kEvery][kPart], f[kEvery][kPart], write[kEvery][kPart], i[kEvery][kPart];
+  alignas(64) float c[kEvery + 1][kPart], z[kEvery][kPart], f[kEvery][kPart], i[kEvery][kPart];
 };
 
-// Steps first .. first + steps - 1 of channels channel .. channel + count - 1 of batch row b.
+// Steps first .. first + steps - 1 of a segment; and how far it is from there to the part of memory that comes next.
 struct Chunk {
-  int64_t first, steps, b, channel, count;
+  int64_t first, steps;
+  Segment segment;
+  int64_t rows_ahead, channels_ahead;
 };
 
 template <typename T, int kGates>
 void recompute(const QrnnPoolArgs& a, const Chunk& chunk, Tape& tape) {
-  const auto [batch, hidden, run, runs] = a.channels;
+  const int64_t hidden = a.channels.hidden;
+  const auto [b, channel, first, count] = chunk.segment;
+  const int64_t ahead = chunk.rows_ahead * kGates * hidden + chunk.channels_ahead;
   alignas(64) float buffer[kPart + kDraw + 3];
-  const int64_t kept = (chunk.first / kEvery * batch + chunk.b) * hidden + chunk.channel;
-  load_state(a.kept, DType::f32, kept, chunk.count, tape.c[0]);
+  load_state(a.kept, DType::f32, chunk.first / kEvery * a.channels.count + first, count, tape.c[0]);
   for (int64_t u = 0; u < chunk.steps; ++u) {
-    const int64_t row = row_of(a, chunk.first + u, chunk.b);
-    const float* factors = draw_factors(a, row * hidden + chunk.channel, chunk.count, buffer);
-    const T *gz = at<T>(a.gates, row * kGates * hidden + chunk.channel), *gf = gz + hidden, *gi = gf + 2 * hidden;
-    for_each_vector(chunk.count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-      const vec z = tanh(load(gz + j, n)), f = sigmoid(load(gf + j, n));
-      const vec write = f * (factors == nullptr ? splat(a.scale) : load(factors + j));
+    const int64_t row = row_of(a, chunk.first + u, b);
+    const float* factors = draw_factors(a, row * hidden + channel, count, buffer);
+    const T *gz = at<T>(a.gates, row * kGates * hidden + channel), *gf = gz + hidden, *gi = gf + 2 * hidden;
+    for_each_vector(count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+      prefetch(gz + ahead + j), prefetch(gf + ahead + j);
+      if (kGates == 4) prefetch(gi + ahead + j);
+      const vec z = tanh(load(gz + j, n)), gate = sigmoid(load(gf + j, n));
+      const vec f = factors == nullptr ? gate : gate * load(factors + j);
       const vec i = kGates == 4 ? sigmoid(load(gi + j, n)) : splat(0.0f);
-      store(tape.c[u + 1] + j, next_cell<kGates>(load(tape.c[u] + j), z, write, i));
+      store(tape.c[u + 1] + j, next_cell<kGates>(load(tape.c[u] + j), z, f * a.scale, i));
       store(tape.z[u] + j, z);
       store(tape.f[u] + j, f);
-      store(tape.write[u] + j, write);
       if (kGates == 4) store(tape.i[u] + j, i);
     });
   }
@@ -125,47 +139,57 @@ void recompute(const QrnnPoolArgs& a, const Chunk& chunk, Tape& tape) {
 template <typename T, int kGates>
 void chunk_backward(const QrnnPoolArgs& a, const Chunk& chunk, const Tape& tape, float* sum) {
   const int64_t hidden = a.channels.hidden;
+  const auto [b, channel, first, count] = chunk.segment;
+  const int64_t ahead = chunk.rows_ahead * hidden + chunk.channels_ahead;
+  const int64_t gates_ahead = chunk.rows_ahead * kGates * hidden + chunk.channels_ahead;
   for (int64_t u = chunk.steps - 1; u >= 0; --u) {
-    const int64_t row = row_of(a, chunk.first + u, chunk.b);
-    const T* go = at<T>(a.gates, (row * kGates + 2) * hidden + chunk.channel);
-    const T* dh = at<T>(a.dh, row * hidden + chunk.channel);
-    T *dz = static_cast<T*>(a.dgates) + row * kGates * hidden + chunk.channel, *df = dz + hidden, *dout = df + hidden,
+    const int64_t row = row_of(a, chunk.first + u, b);
+    const T* go = at<T>(a.gates, (row * kGates + 2) * hidden + channel);
+    const T* dh = at<T>(a.dh, row * hidden + channel);
+    T *dz = static_cast<T*>(a.dgates) + row * kGates * hidden + channel, *df = dz + hidden, *dout = df + hidden,
       *di = dout + hidden;
-    for_each_vector(chunk.count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-      const vec z = load(tape.z[u] + j), f = load(tape.f[u] + j), write = load(tape.write[u] + j);
-      const vec before = load(tape.c[u] + j);
+    for_each_vector(count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+      const vec z = load(tape.z[u] + j), f = load(tape.f[u] + j), write = f * a.scale, before = load(tape.c[u] + j);
       vec total = dh == nullptr ? splat(0.0f) : load(dh + j, n);
+      prefetch(dh + ahead + j);
       if (kGates > 2) {
+        prefetch(go + gates_ahead + j);
         const vec o = sigmoid(load(go + j, n));
-        store(dout + j, total * load(tape.c[u + 1] + j) * o * (1.0f - o), n);
-        total *= o;
+        const vec through = total * o;
+        store(dout + j, through * (1.0f - o) * load(tape.c[u + 1] + j), n);
+        total = through;
       }
-      total += load(sum + j);
+      total += load(sum + j, n);
       const vec i = kGates == 4 ? load(tape.i[u] + j) : write;
       store(dz + j, total * i * (1.0f - z * z), n);
-      store(df + j, total * (kGates == 4 ? -before : z - before) * write * (1.0f - f), n);
+      store(df + j, total * (kGates == 4 ? -before : z - before) * (write * (1.0f - f)), n);
       if (kGates == 4) store(di + j, total * z * i * (1.0f - i), n);
-      store(sum + j, total - write * total);
+      store(sum + j, total - write * total, n);
     });
   }
 }
 
 template <typename T, int kGates>
 void backward(const QrnnPoolArgs& a, int64_t begin, int64_t end) {
-  const auto [batch, hidden, run, runs] = a.channels;
-  alignas(64) float sum[kChannels];
+  alignas(64) float sum[kBlock];
   Tape tape;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / runs, channel = item % runs * run, count = lesser(run, hidden - channel);
-    load_state(a.dc_n, a.state, b * hidden + channel, count, sum);
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t stop = lesser(block + kBlock, end);
+    load_state(a.dc_n, a.state, block, stop - block, sum);
     for (int64_t first = (a.steps + kEvery - 1) / kEvery * kEvery - kEvery; first >= 0; first -= kEvery) {
-      for (int64_t part = 0; part < count; part += kPart) {
-        const Chunk chunk{first, lesser(kEvery, a.steps - first), b, channel + part, lesser(kPart, count - part)};
+      for (int64_t part = block; part < stop;) {
+        Chunk chunk{first, lesser(kEvery, a.steps - first), segment_at(a.channels, part, stop, kPart)};
+        part += chunk.segment.count;
+        const bool more = part < stop;
+        const Segment next = segment_at(a.channels, more ? part : block, stop, kPart);
+        chunk.rows_ahead =
+            row_of(a, more ? first : greater(first - kEvery, 0), next.b) - row_of(a, first, chunk.segment.b);
+        chunk.channels_ahead = next.channel - chunk.segment.channel;
         recompute<T, kGates>(a, chunk, tape);
-        chunk_backward<T, kGates>(a, chunk, tape, sum + part);
+        chunk_backward<T, kGates>(a, chunk, tape, sum + (chunk.segment.first - block));
       }
     }
-    store_state(a.dc0, DType::f32, b * hidden + channel, count, sum);
+    store_state(a.dc0, DType::f32, block, stop - block, sum);
   }
 }
 
@@ -206,7 +230,8 @@ QrnnPoolArgs arguments(const Tensor& gates, const std::optional<Tensor>& seed, c
   STD_TORCH_CHECK(gates.dim() == 3 && gates.size(2) % args.gates_per_cell == 0, "gates must have shape [T, B, k H]");
   args.gates = gates.const_data_ptr();
   args.steps = gates.size(0);
-  args.channels = split_channels(gates.size(1), gates.size(2) / args.gates_per_cell, torch::stable::get_num_threads());
+  const int64_t batch = gates.size(1), hidden = gates.size(2) / args.gates_per_cell;
+  args.channels = {batch, hidden, batch * hidden};
   args.dtype = args.state = dtype_of(gates, "gates");
   args.reverse = reverse;
   const bool masked = seed.has_value() && philox_threshold(zoneout) > 0;
@@ -217,10 +242,7 @@ QrnnPoolArgs arguments(const Tensor& gates, const std::optional<Tensor>& seed, c
 }
 
 void launch(void (*kernel)(const QrnnPoolArgs&, int64_t, int64_t), const QrnnPoolArgs& args) {
-  const Channels& channels = args.channels;
-  const int64_t grain = 1 + 16384 / (channels.run * (args.steps + 1));  // items worth a thread
-  torch::stable::parallel_for(0, channels.batch * channels.runs, grain,
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  split_channels(args.channels, args.steps, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& gates_, const std::optional<Tensor>& c0_,
@@ -228,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& gates_, const std::optional
                                        bool reverse, bool keep) {
   const Tensor gates = contiguous(gates_);
   QrnnPoolArgs args = arguments(gates, seed, pooling, zoneout, reverse);
-  const auto [batch, hidden, run, runs] = args.channels;
+  const auto [batch, hidden, count] = args.channels;
   STD_TORCH_CHECK(!c0_.has_value() || (c0_->dim() == 2 && c0_->size(0) == batch && c0_->size(1) == hidden),
                   "c0 must have shape [B, H]");
   const std::optional<Tensor> c0 = contiguous(c0_);
@@ -253,7 +275,7 @@ std::tuple<Tensor, Tensor> bwd(const std::optional<Tensor>& dh_, const std::opti
   const Tensor gates = contiguous(gates_), kept = contiguous(kept_);
   const std::optional<Tensor> dh = contiguous(dh_), dc_n = contiguous(dc_n_);
   QrnnPoolArgs args = arguments(gates, seed, pooling, zoneout, reverse);
-  const auto [batch, hidden, run, runs] = args.channels;
+  const auto [batch, hidden, count] = args.channels;
   STD_TORCH_CHECK(kept.dim() == 3 && kept.size(0) == (args.steps + kEvery - 1) / kEvery && kept.size(1) == batch &&
                       kept.size(2) == hidden && kept.scalar_type() == ScalarType::Float,
                   "kept must be what qrnn_pool_fwd(keep=True) returned");
