@@ -25,18 +25,29 @@ constexpr int64_t kDropconnectRun = 4096;  // elements of one work item
 namespace fastlm::FASTLM_ISA {
 namespace {
 
+// What keeps a lane, in 32 bits: it is above `last`, or nothing is dropped. The threshold itself may be 2^32.
+struct Keep {
+  uint32_t last;
+  int32_t all;
+
+  explicit Keep(uint64_t threshold) : last(uint32_t(threshold - 1)), all(threshold == 0 ? -1 : 0) {}
+};
+
 template <typename T>
 void run(const DropconnectArgs& a, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(a.weight);
   T* out = static_cast<T*>(a.out);
-  const uint64_t threshold = philox_threshold(a.p);
-  const float scale = philox_scale(a.p);
-  uint32_t lanes[kDraw];
+  const Keep keep(philox_threshold(a.p));
+  const vec scale = splat(philox_scale(a.p));
+  alignas(64) uint32_t lanes[kDraw];
   for (int64_t e = begin; e < end; e += kDraw) {
     draw_lanes(a.seed, uint64_t(e), a.stream, lanes);
-    const int64_t count = lesser(kDraw, end - e);
-    for (int64_t i = 0; i < count; ++i)
-      out[e + i] = from_float<T>(lanes[i] >= threshold ? to_float(weight[e + i]) * scale : 0.0f);
+    for_each_vector(lesser(kDraw, end - e), [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      uvec lane;
+      std::memcpy(&lane, lanes + i, sizeof lane);
+      const ivec kept = (ivec)(lane > keep.last) | keep.all;
+      store(out + e + i, select(kept, load(weight + e + i, n) * scale, vec{}), n);
+    });
   }
 }
 
@@ -48,12 +59,12 @@ void dropconnect_fwd(const DropconnectArgs& a, int64_t begin, int64_t end) {
 
 void dropconnect_mask(const DropconnectArgs& a, int64_t begin, int64_t end) {
   bool* out = static_cast<bool*>(a.out);
-  const uint64_t threshold = philox_threshold(a.p);
+  const Keep keep(philox_threshold(a.p));
   uint32_t lanes[kDraw];
   for (int64_t e = begin; e < end; e += kDraw) {
     draw_lanes(a.seed, uint64_t(e), a.stream, lanes);
     const int64_t count = lesser(kDraw, end - e);
-    for (int64_t i = 0; i < count; ++i) out[e + i] = lanes[i] >= threshold;
+    for (int64_t i = 0; i < count; ++i) out[e + i] = (lanes[i] > keep.last) | (keep.all != 0);
   }
 }
 

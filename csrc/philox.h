@@ -69,7 +69,6 @@ FASTLM_INLINE wide_uvec multiply_low_halves(wide_uvec a, wide_uvec b) {
 // The lanes of elements first .. first + 63; `first` is a multiple of 4. As philox4x32, several blocks abreast.
 FASTLM_INLINE void draw_lanes(uint64_t seed, uint64_t first, uint32_t stream, uint32_t* lanes) {
   constexpr int64_t kAbreast = sizeof(wide_uvec) / sizeof(uint64_t);
-  uint64_t halves[2][kDraw / 4];
   for (int64_t i = 0; i < kDraw / 4; i += kAbreast) {
     wide_uvec c0 = wide_uvec{} + (first / 4 + i);
     for (int64_t j = 0; j < kAbreast; ++j) c0[j] += j;
@@ -86,12 +85,17 @@ FASTLM_INLINE void draw_lanes(uint64_t seed, uint64_t first, uint32_t stream, ui
       k1 += 0xBB67AE85;
     }
     const wide_uvec low = (c0 & 0xFFFFFFFF) | c1 << 32, high = (c2 & 0xFFFFFFFF) | c3 << 32;
-    std::memcpy(halves[0] + i, &low, sizeof low);
-    std::memcpy(halves[1] + i, &high, sizeof high);
-  }
-  for (int64_t i = 0; i < kDraw / 4; ++i) {
-    const uint64_t block[2] = {halves[0][i], halves[1][i]};
-    std::memcpy(lanes + 4 * i, block, sizeof block);
+#if defined(__AVX512F__)
+    const __m512i front{0, 8, 1, 9, 2, 10, 3, 11}, back{4, 12, 5, 13, 6, 14, 7, 15};  // from 8 on: of `high`
+    const __m512i blocks[2] = {_mm512_permutex2var_epi64((__m512i)low, front, (__m512i)high),
+                               _mm512_permutex2var_epi64((__m512i)low, back, (__m512i)high)};
+    std::memcpy(lanes + 4 * i, blocks, sizeof blocks);
+#else
+    for (int64_t j = 0; j < kAbreast; ++j) {
+      const uint64_t block[2] = {low[j], high[j]};
+      std::memcpy(lanes + 4 * (i + j), block, sizeof block);
+    }
+#endif
   }
 }
 
