@@ -288,8 +288,8 @@ def test_chunks_keep_to_their_budget(itemsize):
             assert itemsize * classes * rows_of(8400, classes, device) <= budget
     assert 0.9 * least < rows_of(8400, 267_735) <= least
     assert rows_of(5, 300) == 5
-    for rows in (140, 1400):  # PyTorch holds three times the logits
-        assert rows_of(rows, 267_735) <= rows / 3 + 1
+    for rows in (140, 1400):  # PyTorch holds all logits, twice at least
+        assert rows_of(rows, 267_735) <= rows / 4
 
 
 def test_same_bits_for_every_run_and_same_value_for_every_thread_count():

@@ -10,8 +10,8 @@ of the loss of row n,
 
 A chunk of rows goes through all of it while its logits are in a workspace, where they become their own gradient in
 place. For "mean" and "sum", g_n is known up to a factor in the forward, which leaves the gradients ready; for "none"
-the backward makes the logits again. A chunk has as many rows as a byte budget for its logits allows, a third of them at
-most, and no fewer than a floor: the price of a chunk is one more trip through W and dW.
+the backward makes the logits again. A chunk has a quarter of the rows at most, and as many as a byte budget for its
+logits allows, or a floor where that is more: the price of a chunk is one more trip through W and dW.
 
 Logits and their gradient are bfloat16 for bfloat16 inputs and float32 for float16, whose range their gradients leave;
 what happens between them, the loss and sums over chunks are float32. Up to six chunks may add up dW in bfloat16:
@@ -40,7 +40,7 @@ _lib.declare("linear_cross_entropy", kernels=("linear_cross_entropy_rows_",))
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # above 32 MB, malloc asks for new pages at every chunk
 _CHUNK_ROWS = {"cpu": (192, 1024), "cuda": (256, 4096)}  # fewer: too many trips through W; more gain nothing
-_LEAST_CHUNKS = 3  # of a megabyte at least
+_LEAST_CHUNKS = 4  # of a megabyte at least: PyTorch holds all logits, two or three times
 _ROUNDED_CHUNKS = 6  # that may add up dW in 16 bits
 _BLOCK = 8192  # classes whose part of dW is added at a time, where that is in float32
 _REDUCTIONS = ("none", "mean", "sum")
