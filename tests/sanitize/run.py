@@ -72,7 +72,11 @@ def library(name: str) -> str:
 def run(kind: str, arguments: list[str]) -> subprocess.CompletedProcess:
     tree = build(kind)
     tests = [ROOT / "tests" / f"test_{path.stem}.py" for path in sorted((ROOT / "csrc").glob("*.cpp"))]
-    tests = [HERE / "planted.py", *(path for path in tests if path.exists())]
+    tests = [
+        HERE / "planted.py",
+        ROOT / "tests" / "test_concurrent_calls.py",
+        *(path for path in tests if path.exists()),
+    ]
     environment = os.environ | OPTIONS | {"PYTHONPATH": str(tree)}
     # setarch: some kernels spread addresses wider than the sanitizers of older compilers can follow
     fixed = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0 else []
