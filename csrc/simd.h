@@ -12,6 +12,11 @@
 
 #define FASTLM_INLINE static inline __attribute__((always_inline))
 
+// Sanitizers do not see what a masked or a streaming instruction reads and writes: their builds do without.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define FASTLM_PLAIN_MEMORY
+#endif
+
 namespace fastlm::FASTLM_ISA {
 namespace {
 
@@ -184,7 +189,7 @@ FASTLM_INLINE void store(f16* p, vec v) {
 }
 
 // The first n elements, fewer than a vector.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(FASTLM_PLAIN_MEMORY)
 FASTLM_INLINE uint32_t first_lanes(int64_t n) { return (1u << n) - 1; }
 
 FASTLM_INLINE vec load_part(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
@@ -239,7 +244,9 @@ FASTLM_INLINE void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-#if defined(__AVX512F__)
+#if defined(FASTLM_PLAIN_MEMORY)
+FASTLM_INLINE void stream(float* p, vec v) { store(p, v); }
+#elif defined(__AVX512F__)
 FASTLM_INLINE void stream(float* p, vec v) { _mm512_stream_ps(p, (__m512)v); }
 #elif defined(__AVX2__)
 FASTLM_INLINE void stream(float* p, vec v) { _mm256_stream_ps(p, (__m256)v); }
@@ -251,7 +258,7 @@ FASTLM_INLINE void stream(float* p, vec v) { store(p, v); }
 
 template <typename T>
 FASTLM_INLINE void stream(T* p, vec v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(FASTLM_PLAIN_MEMORY)
   T tile[kWidth];
   store(tile, v);
   _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)tile));

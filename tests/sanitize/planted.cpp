@@ -7,11 +7,13 @@ enum class Planted : int64_t {  // in the order of planted.py
   vector_read,
   partial_read,
   vector_write,
+  stream_write,
   stack,
   overflow,
   shift,
   race,
   vector_race,
+  partial_race,
   relaxed_flag,
 };
 
@@ -55,6 +57,9 @@ void planted(const PlantedArgs& a, int64_t begin, int64_t end) {
       case Planted::vector_write:
         if (piece == 0) store(x + a.count - kWidth + 1, load(x));
         break;
+      case Planted::stream_write:
+        if (piece == 0) stream(x + a.count - kWidth + 1, load(x));
+        break;
       case Planted::stack: {
         float tile[64];
         store(tile, load(x));
@@ -74,6 +79,9 @@ void planted(const PlantedArgs& a, int64_t begin, int64_t end) {
         break;
       case Planted::vector_race:
         store(x, splat(float(piece)));
+        break;
+      case Planted::partial_race:
+        store(x, splat(float(piece)), 3);
         break;
     }
   }

@@ -18,11 +18,13 @@ BUGS = {  # in the order of planted.cpp: what reports it, and with which words
     "vector_read": ("address", "located 0 bytes to the right of 256-byte region"),
     "partial_read": ("address", "located 0 bytes to the right of 256-byte region"),
     "vector_write": ("address", "located 0 bytes to the right of 256-byte region"),
+    "stream_write": ("address", "located 0 bytes to the right of 256-byte region"),
     "stack": ("address", "stack-buffer-overflow"),
     "overflow": ("address", "signed integer overflow"),
     "shift": ("address", "shift exponent 64 is too large"),
     "race": ("thread", "data race"),
     "vector_race": ("thread", "data race"),
+    "partial_race": ("thread", "data race"),
     "relaxed_flag": ("thread", "data race"),
 }
 MINE = [name for name, (sanitizer, _) in BUGS.items() if sanitizer in (None, SANITIZER)]
