@@ -139,10 +139,12 @@ void multiply_panel(const E* x, int64_t stride, const E* panel, int64_t steps, i
                     int64_t begin, int64_t end, float* tile) {
   for (int64_t step = 0; step < steps; step += kBlock)
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = blocks.at(block), rows = blocks.at(block + 1) - row;
+      const int64_t row = blocks.at(block), rows = blocks.at(block + 1) - row, count = lesser(kBlock, steps - step);
+      const E* part = panel + step * kCols * kPair<E>;
+      const char* ahead =
+          reinterpret_cast<const char*>(part + count * kCols * kPair<E>) + (block - begin) % 4 * count * 64;
       const RowMajor<E> left{x + row * stride + step * kPair<E>, stride};
-      multiply_tile(left, rows, panel + step * kCols * kPair<E>, lesser(kBlock, steps - step), vectors,
-                    tile + (row - blocks.at(begin)) * kCols, step > 0);
+      multiply_tile(left, rows, part, count, vectors, ahead, tile + (row - blocks.at(begin)) * kCols, step > 0);
     }
 }
 

@@ -108,9 +108,13 @@ void matmul_tn(const MatmulArgs& a, int64_t slot) {
         const float* panel = a.panels + column * a.steps;
         const int64_t vectors = lesser(kVectors, (a.n - column + kWidth - 1) / kWidth);
         for (int64_t step = 0; step < steps; step += kBlock)
-          for (int64_t i = 0; i < rows; i += kTile)
+          for (int64_t i = 0; i < rows; i += kTile) {
+            const int64_t count = lesser(kBlock, steps - step);
+            const char* ahead =
+                reinterpret_cast<const char*>(panel + (step + count) * kCols) + i / kTile % 4 * count * 64;
             multiply_tile(Interleaved<float>{block + i * steps + step * kTile}, lesser(kTile, rows - i),
-                          panel + step * kCols, lesser(kBlock, steps - step), vectors, tile + i * kCols, step > 0);
+                          panel + step * kCols, count, vectors, ahead, tile + i * kCols, step > 0);
+          }
         for (int64_t i = 0; i < rows; ++i)
           put_row(a, row + i, column, tile + i * kCols, pass > 0, first + steps == a.k);
       }

@@ -72,7 +72,8 @@ struct Interleaved {  // the rows of a tile side by side
 // columns. Every block of steps starts from zero and is added as a whole: the error grows with the block and not with
 // the sum. A function of its own: inlined, its accumulators would have to share the registers.
 template <typename E, int kRows, int kUsed, typename Left>
-__attribute__((noinline)) void multiply_block(Left left, const E* panel, int64_t count, float* tile, bool add) {
+__attribute__((noinline)) void multiply_block(Left left, const E* panel, int64_t count, const char* ahead, float* tile,
+                                              bool add) {
   vec acc[kRows][kUsed] = {};
   for (int64_t step = 0; step < count; ++step) {
     const E* row = panel + step * kCols * kPair<E>;
@@ -82,6 +83,7 @@ __attribute__((noinline)) void multiply_block(Left left, const E* panel, int64_t
 #pragma GCC unroll 4
     for (int64_t byte = 0; byte < kCols * 4; byte += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(row + 12 * kCols * kPair<E>) + byte);
+    prefetch(ahead + step * 64);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -97,40 +99,42 @@ __attribute__((noinline)) void multiply_block(Left left, const E* panel, int64_t
 }
 
 template <typename E, int kRows, typename Left>
-void multiply_vectors(Left left, const E* panel, int64_t count, int64_t vectors, float* tile, bool add) {
+void multiply_vectors(Left left, const E* panel, int64_t count, int64_t vectors, const char* ahead, float* tile,
+                      bool add) {
   switch (vectors) {
     case 1:
-      return multiply_block<E, kRows, 1>(left, panel, count, tile, add);
+      return multiply_block<E, kRows, 1>(left, panel, count, ahead, tile, add);
     case 2:
-      return multiply_block<E, kRows, 2>(left, panel, count, tile, add);
+      return multiply_block<E, kRows, 2>(left, panel, count, ahead, tile, add);
     case 3:
-      return multiply_block<E, kRows, 3>(left, panel, count, tile, add);
+      return multiply_block<E, kRows, 3>(left, panel, count, ahead, tile, add);
     default:
-      return multiply_block<E, kRows, 4>(left, panel, count, tile, add);
+      return multiply_block<E, kRows, 4>(left, panel, count, ahead, tile, add);
   }
 }
 
 // The same for a number of rows up to kTile and of vectors up to kVectors.
 template <typename E, typename Left>
-void multiply_tile(Left left, int64_t rows, const E* panel, int64_t count, int64_t vectors, float* tile, bool add) {
+void multiply_tile(Left left, int64_t rows, const E* panel, int64_t count, int64_t vectors, const char* ahead,
+                   float* tile, bool add) {
   switch (rows) {
     case 1:
-      return multiply_vectors<E, 1>(left, panel, count, vectors, tile, add);
+      return multiply_vectors<E, 1>(left, panel, count, vectors, ahead, tile, add);
     case 2:
-      return multiply_vectors<E, 2>(left, panel, count, vectors, tile, add);
+      return multiply_vectors<E, 2>(left, panel, count, vectors, ahead, tile, add);
     case 3:
-      return multiply_vectors<E, 3>(left, panel, count, vectors, tile, add);
+      return multiply_vectors<E, 3>(left, panel, count, vectors, ahead, tile, add);
 #if defined(__AVX512F__) || defined(__aarch64__)
     case 4:
-      return multiply_vectors<E, 4>(left, panel, count, vectors, tile, add);
+      return multiply_vectors<E, 4>(left, panel, count, vectors, ahead, tile, add);
     case 5:
-      return multiply_vectors<E, 5>(left, panel, count, vectors, tile, add);
+      return multiply_vectors<E, 5>(left, panel, count, vectors, ahead, tile, add);
     case 6:
-      return multiply_vectors<E, 6>(left, panel, count, vectors, tile, add);
+      return multiply_vectors<E, 6>(left, panel, count, vectors, ahead, tile, add);
 #endif
 #if defined(__AVX512F__)
     case 7:
-      return multiply_vectors<E, 7>(left, panel, count, vectors, tile, add);
+      return multiply_vectors<E, 7>(left, panel, count, vectors, ahead, tile, add);
 #endif
   }
 }

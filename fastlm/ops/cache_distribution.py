@@ -15,7 +15,7 @@ from fastlm.ops import _checks
 _lib.define(
     "cache_distribution(Tensor query, Tensor keys, Tensor ids, Tensor count, SymInt vocab_size, float theta) -> Tensor"
 )
-_lib.declare("cache_distribution")
+_lib.declare("cache_distribution", kernels=("cache_distribution",))
 
 _ONE = 2.0**60  # a probability of 1 as an integer: the sum of a row cannot overflow, the rounding is below float32's
 
@@ -23,8 +23,8 @@ _ONE = 2.0**60  # a probability of 1 as an integer: the sum of a row cannot over
 def reference(query, keys, ids, count, vocab_size, theta):
     """Softmax over the valid entries, then a sum per word."""
     state = torch.float64 if query.dtype == torch.float64 else torch.float32
-    valid = torch.arange(keys.shape[1], device=keys.device) < count[:, None]  # [B, W]
-    _check_values(ids, count, valid, vocab_size)
+    valid = _valid(ids, count)
+    _check_values(ids, count, vocab_size)
     with torch.autocast(query.device.type, enabled=False):
         scores = torch.bmm(keys.to(state), query.to(state)[:, :, None])[:, :, 0]
     # in float64, since theta times a finite score may be beyond float32
@@ -37,7 +37,12 @@ def reference(query, keys, ids, count, vocab_size, theta):
     return sums.double().div_(_ONE).masked_fill_(unknown, float("nan")).to(state)
 
 
-def _check_values(ids, count, valid, vocab_size):
+def _valid(ids, count):
+    return torch.arange(ids.shape[1], device=ids.device) < count[:, None]  # [B, W]
+
+
+def _check_values(ids, count, vocab_size):
+    valid = _valid(ids, count)
     known = ((ids >= 0) & (ids < vocab_size) | ~valid).all()
     counted = ((count >= 0) & (count <= ids.shape[1])).all()
     if ids.device.type != "cpu":
@@ -80,7 +85,7 @@ def cache_distribution(
             What the others hold does not matter.
         vocab_size: V.
         theta: flatness, in [0, 1e30).
-        impl: `"auto"` or `"reference"`.
+        impl: `"auto"`, `"reference"` or `"cpu"`.
 
     Returns:
         `[B, V]` float32 (float64 for float64 input); a row sums to 1, or to 0 where `count` is 0. A row is NaN
@@ -108,6 +113,11 @@ def cache_distribution(
     for name, x in (("query", query), ("keys", keys)):
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient, the cache has none: use torch.no_grad()")
-    if _lib.resolve("cache_distribution", impl, query) == "reference":
+    chosen = _lib.resolve("cache_distribution", impl, query)
+    if chosen == "reference":
         return reference(query, keys, ids, count, vocab_size, theta)
+    if chosen == "cpu":
+        if not torch.compiler.is_compiling():  # there, the kernel's own check has to do
+            _check_values(ids, count, vocab_size)
+        ids, count = ids.long(), count.long()
     return _cache_distribution(query, keys, ids, count, vocab_size, theta)
