@@ -69,14 +69,15 @@ void cache_distribution_rows(const CacheDistributionArgs& a, int64_t begin, int6
     bool unknown = false;
     for (int64_t i = 0; i < a.count[row]; ++i) {
       unknown |= !(scores[i] - scores[i] == 0.0f);
-      top = a.theta * double(scores[i]) > top ? a.theta * double(scores[i]) : top;
+      weights[i] = a.theta * double(scores[i]);  // kept: fused with the subtraction below it would be another number
+      top = weights[i] > top ? weights[i] : top;
     }
     if (unknown) {
       for (int64_t w = 0; w < a.vocabulary; ++w) out[w] = NAN;
       continue;
     }
     for (int64_t w = 0; w < a.vocabulary; ++w) sums[w] = 0;
-    for (int64_t i = 0; i < a.count[row]; ++i) total += weights[i] = ::exp(a.theta * double(scores[i]) - top);
+    for (int64_t i = 0; i < a.count[row]; ++i) total += weights[i] = ::exp(weights[i] - top);
     for (int64_t i = 0; i < a.count[row]; ++i) sums[ids[i]] += int64_t(weights[i] / total * kOne);
     for (int64_t w = 0; w < a.vocabulary; ++w) out[w] = float(double(sums[w]) / kOne);
   }

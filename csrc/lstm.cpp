@@ -11,12 +11,11 @@ struct LstmArgs {
   const void *projected, *weight, *h0, *c0;  // [T, B, 4H], [4H, H], [B, H] twice
   const void *dy, *dh, *dc;                  // backward only, null: zeros
   void *y, *h_n, *c_n;                       // forward only
-  void* gates;                               // activated, [T, ceil(H / 16), B, 4, 16]; written forward unless null
-  float* cells;                              // [T, B, H]; written forward unless null
-  void* da;                                  // backward only, [T, B, 4H]
-  float *dh0, *dc0;                          // backward only
-  void *panels, *exchange;                   // scratch: the packed weight; left operands, two steps of them
-  float* carry;                              // scratch [B, H]: c forward, its gradient backward
+  void* gates;   // [T, B, 4H], activated: over projected forward unless null; backward their gradients come over them
+  float* cells;  // [T, B, H]; written forward unless null
+  float *dh0, *dc0;         // backward only
+  void *panels, *exchange;  // scratch: the packed weight; left operands, two steps of them
+  float* carry;             // scratch [B, H]: c forward, its gradient backward
   Team packing, steps;
   int64_t time, batch, hidden;
   uint64_t seed;
@@ -31,7 +30,6 @@ struct LstmSizes {
   int64_t packing, step;     // items
 };
 
-constexpr int64_t kUnits = 16;    // of one block of gates
 constexpr int64_t kPackRows = 8;  // of the weight, in one item of packing backward
 
 }  // namespace fastlm
@@ -120,12 +118,6 @@ FASTLM_INLINE void store_state(const LstmArgs& a, void* state, int64_t at, vec v
   FASTLM_DISPATCH(a.state, store(static_cast<scalar_t*>(state) + at, v, n));
 }
 
-template <typename T>
-FASTLM_INLINE T* gate_block(const LstmArgs& a, int64_t t, int64_t b, int64_t unit) {
-  const int64_t blocks = (a.hidden + kUnits - 1) / kUnits;
-  return static_cast<T*>(a.gates) + ((t * blocks + unit / kUnits) * a.batch + b) * 4 * kUnits + unit % kUnits;
-}
-
 // Rows cut into blocks of at most kTile, of sizes within one of each other.
 struct RowBlocks {
   int64_t rows, blocks;
@@ -190,8 +182,9 @@ struct Forward {
       store(static_cast<T*>(a.y) + row, h, n);
       store(left(step + 1) + b * length + unit, h, n);
       if (a.gates != nullptr) {
-        T* gates = gate_block<T>(a, t, b, unit);
-        stream(gates, i), stream(gates + kUnits, f), stream(gates + 2 * kUnits, g), stream(gates + 3 * kUnits, o);
+        T* gates = static_cast<T*>(a.gates) + (t * a.batch + b) * 4 * hidden + unit;
+        store(gates, i, n), store(gates + hidden, f, n), store(gates + 2 * hidden, g, n),
+            store(gates + 3 * hidden, o, n);
         store(a.cells + row, c, n);
       }
       if (step == a.time - 1) {
@@ -210,7 +203,7 @@ struct Backward {
 
   // Gradients of the pre-activations of a step, as the left operand of the step before it.
   E* left(int64_t step) const {
-    if (sizeof(E) == sizeof(T)) return static_cast<E*>(a.da) + time_of(a, step) * a.batch * 4 * a.hidden;
+    if (sizeof(E) == sizeof(T)) return static_cast<E*>(a.gates) + time_of(a, step) * a.batch * 4 * a.hidden;
     return static_cast<E*>(a.exchange) + (step & 1) * a.batch * 4 * a.hidden;
   }
 
@@ -250,8 +243,9 @@ struct Backward {
   void cell(int64_t step, int64_t t, int64_t b, int64_t unit, int64_t n, vec dh) const {
     const int64_t hidden = a.hidden, at = b * hidden + unit, row = t * a.batch * hidden + at;
     if (a.dy != nullptr) dh += load(static_cast<const T*>(a.dy) + row, n);
-    const T* gates = gate_block<T>(a, t, b, unit);
-    const vec i = load(gates), f = load(gates + kUnits), g = load(gates + 2 * kUnits), o = load(gates + 3 * kUnits);
+    T* gates = static_cast<T*>(a.gates) + (t * a.batch + b) * 4 * hidden + unit;
+    const vec i = load(gates, n), f = load(gates + hidden, n), g = load(gates + 2 * hidden, n),
+              o = load(gates + 3 * hidden, n);
     const vec squashed = tanh(load(a.cells + row, n));
     vec before{};
     if (step > 0)
@@ -263,7 +257,7 @@ struct Backward {
                        dh * squashed * o * (1.0f - o)};
     store(a.carry + at, dc * f, n);
     for (int64_t gate = 0; gate < 4; ++gate) {
-      store(static_cast<T*>(a.da) + ((t * a.batch + b) * 4 + gate) * hidden + unit, da[gate], n);
+      store(gates + gate * hidden, da[gate], n);
       if (sizeof(E) != sizeof(T)) store(left(step) + (b * 4 + gate) * hidden + unit, da[gate], n);
     }
   }
@@ -274,8 +268,8 @@ struct Backward {
     for (int64_t b = row_begin; b < row_end; ++b)
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t unit = first + v * kWidth, row = (t * a.batch + b) * a.hidden + unit;
-        const char* gates = reinterpret_cast<const char*>(gate_block<T>(a, t, b, unit));
-        for (int64_t gate = 0; gate < 4; ++gate) prefetch(gates + gate * kUnits * sizeof(T));
+        for (int64_t gate = 0; gate < 4; ++gate)
+          prefetch(static_cast<const T*>(a.gates) + ((t * a.batch + b) * 4 + gate) * a.hidden + unit + kWidth - 1);
         prefetch(a.cells + (before * a.batch + b) * a.hidden + unit + kWidth - 1);
         if (a.dy != nullptr) prefetch(static_cast<const T*>(a.dy) + row + kWidth - 1);
       }
@@ -294,7 +288,6 @@ void work(const LstmArgs& a, int64_t slot, int64_t phases) {
     run_phase(a.steps, slot, phase, blocks, most, [&](int64_t begin, int64_t end) {
       const int64_t panel = begin / blocks;
       direction.step(phase, panel, begin - panel * blocks, end - panel * blocks, tile);
-      stream_fence();
     });
 }
 
@@ -375,64 +368,59 @@ void launch(void (*kernel)(const LstmArgs&, int64_t), LstmArgs& args, const Tens
   torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t) { kernel(args, begin); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& projected_, const Tensor& w_hh, const Tensor& h0_,
-                                                       const Tensor& c0_, const std::optional<Tensor>& seed, double p,
-                                                       bool reverse, bool keep) {
-  const Tensor projected = contiguous(projected_), weight = contiguous(w_hh), h0 = contiguous(h0_),
-               c0 = contiguous(c0_);
-  STD_TORCH_CHECK(projected.dim() == 3 && projected.size(2) % 4 == 0, "projected must have shape [T, B, 4H]");
+std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& projected, const Tensor& w_hh, const Tensor& h0_,
+                                               const Tensor& c0_, const std::optional<Tensor>& seed, double p,
+                                               bool reverse, bool keep) {
+  const Tensor weight = contiguous(w_hh), h0 = contiguous(h0_), c0 = contiguous(c0_);
+  STD_TORCH_CHECK(projected.dim() == 3 && projected.size(2) % 4 == 0 && projected.is_contiguous(),
+                  "projected must have shape [T, B, 4H] and be contiguous");
   const int64_t time = projected.size(0), batch = projected.size(1), hidden = projected.size(2) / 4;
   LstmArgs args = arguments({time, batch, hidden}, dtype_of(projected, "projected"), weight, c0, seed, p, reverse);
   STD_TORCH_CHECK(h0.dim() == 2 && h0.size(0) == batch && h0.size(1) == hidden && dtype_of(h0, "h0") == args.state,
                   "h0 must have the shape and dtype of c0");
   Tensor y = torch::stable::new_empty(projected, {time, batch, hidden});
-  Tensor gates =
-      torch::stable::new_empty(projected, {keep ? time : 0, (hidden + kUnits - 1) / kUnits, batch, 4, kUnits});
   Tensor cells = torch::stable::new_empty(projected, {keep ? time : 0, batch, hidden}, ScalarType::Float);
-  if (y.numel() == 0) return {y, torch::stable::clone(h0), torch::stable::clone(c0), gates, cells};
+  if (y.numel() == 0) return {y, torch::stable::clone(h0), torch::stable::clone(c0), cells};
   Tensor h_n = torch::stable::empty_like(h0), c_n = torch::stable::empty_like(c0);
-  for (const Tensor* x : {&y, &gates, &cells}) prefer_huge_pages(*x);
+  for (const Tensor* x : {&y, &cells}) prefer_huge_pages(*x);
   args.projected = projected.const_data_ptr();
   args.h0 = h0.const_data_ptr();
   args.y = y.mutable_data_ptr();
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = c_n.mutable_data_ptr();
-  args.gates = keep ? gates.mutable_data_ptr() : nullptr;
+  args.gates = keep ? projected.mutable_data_ptr() : nullptr;
   args.cells = keep ? static_cast<float*>(cells.mutable_data_ptr()) : nullptr;
   launch(lstm_fwd_kernel, args, projected, false);
-  return {y, h_n, c_n, gates, cells};
+  return {y, h_n, c_n, cells};
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd(const std::optional<Tensor>& dy_, const std::optional<Tensor>& dh_,
-                                       const std::optional<Tensor>& dc_, const Tensor& gates_, const Tensor& cells_,
-                                       const Tensor& c0_, const Tensor& w_hh, const std::optional<Tensor>& seed,
-                                       double p, bool reverse) {
-  const Tensor gates = contiguous(gates_), cells = contiguous(cells_), c0 = contiguous(c0_), weight = contiguous(w_hh);
+std::tuple<Tensor, Tensor> bwd(const std::optional<Tensor>& dy_, const std::optional<Tensor>& dh_,
+                               const std::optional<Tensor>& dc_, const Tensor& gates, const Tensor& cells_,
+                               const Tensor& c0_, const Tensor& w_hh, const std::optional<Tensor>& seed, double p,
+                               bool reverse) {
+  const Tensor cells = contiguous(cells_), c0 = contiguous(c0_), weight = contiguous(w_hh);
   const std::optional<Tensor> dy = contiguous(dy_), dh = contiguous(dh_), dc = contiguous(dc_);
   STD_TORCH_CHECK(cells.dim() == 3 && cells.scalar_type() == ScalarType::Float, "cells must be float32 [T, B, H]");
   const int64_t time = cells.size(0), batch = cells.size(1), hidden = cells.size(2);
   LstmArgs args = arguments({time, batch, hidden}, dtype_of(gates, "gates"), weight, c0, seed, p, reverse);
-  STD_TORCH_CHECK(gates.numel() == time * batch * 4 * ((hidden + kUnits - 1) / kUnits * kUnits),
-                  "gates must be what lstm_fwd(keep=True) returned");
+  STD_TORCH_CHECK(gates.numel() == 4 * cells.numel() && gates.is_contiguous(),
+                  "gates must be what lstm_fwd(keep=True) left in projected");
   STD_TORCH_CHECK(!dy.has_value() || (dy->numel() == cells.numel() && dtype_of(*dy, "dy") == args.dtype),
                   "dy must have shape [T, B, H] and the dtype of the input");
   for (const std::optional<Tensor>* x : {&dh, &dc})
     STD_TORCH_CHECK(!x->has_value() || ((*x)->numel() == batch * hidden && dtype_of(**x, "dh, dc") == args.state),
                     "dh and dc must have the shape and dtype of c0");
-  Tensor da = torch::stable::new_empty(gates, {time, batch, 4 * hidden});
   Tensor dh0 = torch::stable::new_empty(cells, {batch, hidden}), dc0 = torch::stable::empty_like(dh0);
-  if (dh0.numel() == 0) return {da, dh0, dc0};
-  prefer_huge_pages(da);
+  if (dh0.numel() == 0) return {dh0, dc0};
   args.dy = data(dy);
   args.dh = data(dh);
   args.dc = data(dc);
-  args.gates = const_cast<void*>(gates.const_data_ptr());  // read only in this direction
+  args.gates = gates.mutable_data_ptr();
   args.cells = static_cast<float*>(const_cast<void*>(cells.const_data_ptr()));
-  args.da = da.mutable_data_ptr();
   args.dh0 = static_cast<float*>(dh0.mutable_data_ptr());
   args.dc0 = static_cast<float*>(dc0.mutable_data_ptr());
   launch(lstm_bwd_kernel, args, gates, true);
-  return {da, dh0, dc0};
+  return {dh0, dc0};
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ import torch
 
 from fastlm import ops, testing
 from fastlm.ops import lstm, philox
-from fastlm.ops.lstm import UNITS, _adjoint, _forward, _Opaque, reference
+from fastlm.ops.lstm import _adjoint, _forward, _Opaque, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 IMPLS = [impl for impl in testing.impls("lstm") if impl != "auto"]
@@ -199,8 +199,8 @@ def test_operators_are_well_registered():
         projected, h0, c0, w_hh = kernel_inputs(*shape[:2], shape[3])
         forward = torch.ops.fastlm.lstm_fwd.default
         torch.library.opcheck(forward, (projected, w_hh, h0, c0, SEED, 0.4, False, False))
-        y, _, _, gates, cells = forward(projected, w_hh, h0, c0, SEED, 0.4, False, True)
-        tensors = (torch.randn_like(y), torch.randn_like(h0), None, gates, cells, c0, w_hh)
+        y, _, _, cells = forward(projected, w_hh, h0, c0, SEED, 0.4, False, True)
+        tensors = (torch.randn_like(y), torch.randn_like(h0), None, projected, cells, c0, w_hh)
         torch.library.opcheck(torch.ops.fastlm.lstm_bwd.default, (*tensors, SEED, 0.4, True))
         inputs = [a.detach() for a in arguments(shape, torch.float32)[:6]]
         torch.library.opcheck(torch.ops.fastlm.lstm_aten_fwd.default, (*inputs, True))
@@ -271,14 +271,15 @@ def test_registered_reference(keep, reverse):
     weight = masked([None] * 4 + [w_hh])[4]
     eye = torch.eye(84, dtype=torch.float64)
     outputs = reference(projected, h0, c0, eye, weight, torch.zeros(84).double(), reverse=reverse)
-    y, h, c, gates, cells = _forward(projected.detach(), w_hh.detach(), h0, c0, SEED, 0.4, reverse, keep)
+    gates = projected.detach().clone()
+    y, h, c, cells = _forward(gates, w_hh.detach(), h0.detach(), c0.detach(), SEED, 0.4, reverse, keep)
     torch.testing.assert_close((y, h, c), tuple(o.detach() for o in outputs))
-    assert gates.shape == (5 * keep, 2, 3, 4, UNITS) and cells.shape == (5 * keep, 3, 21)
+    assert torch.equal(gates, projected) != keep and cells.shape == (5 * keep, 3, 21)
     if keep:
         upstream = [torch.randn_like(o) for o in outputs]
         expected = torch.autograd.grad(outputs, (projected, h0, c0), upstream)
         actual = _adjoint(*upstream, gates, cells, c0.detach(), w_hh.detach(), SEED, 0.4, reverse)
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close((gates, *actual), expected)
 
 
 KERNEL = """
@@ -298,8 +299,9 @@ for T, B, H, dtype, reverse in [
     projected, w_hh, h0, c0 = (torch.randn(size).to(dtype) * (0.2 if size[-1] == H and size[0] == 4 * H else 1)
                                for size in sizes)
     options = (seed, 0.4, reverse)
-    kept = forward(projected, w_hh, h0, c0, *options, True)
-    exact = _forward(*(t.double() for t in (projected, w_hh, h0, c0)), *options, True)
+    gates, exact_gates = projected.clone(), projected.double()
+    kept = forward(gates, w_hh, h0, c0, *options, True)
+    exact = _forward(exact_gates, *(t.double() for t in (w_hh, h0, c0)), *options, True)
     tolerance = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]  # some units in the last place
     for name, a, e in zip(["y", "h", "c"], kept, exact):
         error = ((a.double() - e).norm() / e.norm()).item()
@@ -309,8 +311,9 @@ for T, B, H, dtype, reverse in [
     dy, dh, dc = torch.randn_like(kept[0]), torch.randn_like(h0), torch.randn_like(c0)
     for upstream in [(dy, dh, dc), (dy, None, None), (None, dh, None)]:
         double = [None if t is None else t.double() for t in upstream]
-        actual = backward(*upstream, *kept[3:], c0, w_hh, *options)
-        expected = _adjoint(*double, *exact[3:], c0.double(), w_hh.double(), *options)
+        da, exact_da = gates.clone(), exact_gates.clone()
+        actual = da, *backward(*upstream, da, kept[3], c0, w_hh, *options)
+        expected = exact_da, *_adjoint(*double, exact_da, exact[3], c0.double(), w_hh.double(), *options)
         for name, a, e in zip(["da", "dh0", "dc0"], actual, expected):
             error = ((a.double() - e).norm() / e.norm()).item()
             assert error < tolerance, (T, B, H, dtype, name, error)
@@ -331,8 +334,9 @@ def threads():
 
 def results(inputs, options=(SEED, 0.4, False)):
     projected, h0, c0, w_hh = inputs
-    forward = torch.ops.fastlm.lstm_fwd(projected, w_hh, h0, c0, *options, True)
-    return *forward[:3], *torch.ops.fastlm.lstm_bwd(forward[0], None, None, *forward[3:], c0, w_hh, *options)
+    gates = projected.clone()
+    y, h_n, c_n, cells = torch.ops.fastlm.lstm_fwd(gates, w_hh, h0, c0, *options, True)
+    return y, h_n, c_n, gates, *torch.ops.fastlm.lstm_bwd(y, None, None, gates, cells, c0, w_hh, *options)
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES)
@@ -362,6 +366,15 @@ def test_second_derivative_of_the_kernel_raises(native):
     (grad,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+def test_backward_twice(native):
+    """The backward makes its result in the place of the gates, unless the graph is kept."""
+    args = arguments((4, 3, 5, 6), torch.float32)
+    y = lstm(*args, weight_dropout=0.4, seed=SEED, impl="cpu")[0].square().sum()
+    first, second = (torch.autograd.grad(y, args, retain_graph=True) for _ in range(2))
+    for a, b, c in zip(first, second, torch.autograd.grad(y, args), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 @pytest.mark.parametrize("wanted", range(7))

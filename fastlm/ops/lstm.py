@@ -32,15 +32,15 @@ _lib.define(f"lstm_aten_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor)")
 _GRADIENTS = ", ".join(["Tensor"] * 6)
 _lib.define(f"lstm_aten_bwd(Tensor dy, Tensor dh, Tensor dc, Tensor y, {_INPUTS}) -> ({_GRADIENTS})")
 _lib.define(
-    "lstm_fwd(Tensor projected, Tensor w_hh, Tensor h0, Tensor c0, Tensor? seed, float p, bool reverse, bool keep)"
-    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+    "lstm_fwd(Tensor(a!) projected, Tensor w_hh, Tensor h0, Tensor c0, Tensor? seed, float p, bool reverse, bool keep)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells)"
 )
 _lib.define(
-    "lstm_bwd(Tensor? dy, Tensor? dh, Tensor? dc, Tensor gates, Tensor cells, Tensor c0, Tensor w_hh, Tensor? seed,"
-    " float p, bool reverse) -> (Tensor da, Tensor dh0, Tensor dc0)"
+    "lstm_bwd(Tensor? dy, Tensor? dh, Tensor? dc, Tensor(a!) gates, Tensor cells, Tensor c0, Tensor w_hh, Tensor? seed,"
+    " float p, bool reverse) -> (Tensor dh0, Tensor dc0)"
 )
 _lib.declare("lstm", kernels=("lstm_fwd", "lstm_bwd"), extra=("aten",))
-UNITS = 16  # of one block of gates; csrc/lstm.cpp has the same
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def reference(x, h0, c0, w_ih, w_hh, b_ih=None, b_hh=None, reverse=False):
@@ -67,58 +67,50 @@ def _masked(w_hh, p, seed):
 
 
 def _forward(projected, w_hh, h0, c0, seed, p, reverse, keep):
-    """The loop after the input product, for devices without a kernel. The gates are kept as [T, H / 16, B, 4, 16]."""
+    """The loop after the input product, for devices without a kernel; to keep them, the activated gates replace it."""
     wide = torch.promote_types(projected.dtype, torch.float32)
     recurrent = _masked(w_hh.to(wide), p, seed).t()
     T, B, H = projected.shape[0], *h0.shape
     h, c = h0.to(wide), c0.to(wide)
-    y, gates, cells = projected.new_empty(T, B, H), projected.new_zeros(T, B, 4, H), h.new_empty(T, B, H)
+    y, cells = projected.new_empty(T, B, H), h.new_empty(T, B, H)
     for t in reversed(range(T)) if reverse else range(T):
         i, f, g, o = (projected[t] + h @ recurrent).chunk(4, dim=-1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         c = f * c + i * g
         h = o * c.tanh()
-        y[t], gates[t], cells[t] = h, torch.stack((i, f, g, o), 1), c
-    gates = F.pad(gates, (0, -H % UNITS)).view(T, B, 4, -(-H // UNITS), UNITS).permute(0, 3, 1, 2, 4)
-    kept = T if keep else 0
-    return y, h.to(h0.dtype, copy=True), c.to(c0.dtype, copy=True), gates[:kept].contiguous(), cells[:kept].clone()
+        y[t], cells[t] = h, c
+        if keep:
+            projected[t] = torch.cat((i, f, g, o), -1)
+    return y, h.to(h0.dtype, copy=True), c.to(c0.dtype, copy=True), cells[: T if keep else 0].clone()
 
 
 def _adjoint(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse):
-    """The adjoint down to the gradient of the projected inputs."""
-    T, B, H = cells.shape
+    """The adjoint down to da, which replaces the gates."""
+    T = len(cells)
     recurrent = _masked(w_hh.to(cells.dtype), p, seed)
-    i, f, g, o = gates.to(cells.dtype).permute(3, 0, 2, 1, 4).flatten(3)[..., :H]
-    dh, dc = (torch.zeros_like(c0) if d is None else d for d in (dh, dc))
-    dh, dc, da = dh.to(cells.dtype), dc.to(cells.dtype), cells.new_empty(T, B, 4 * H)
+    dh, dc = (torch.zeros_like(c0, dtype=cells.dtype) if d is None else d.to(cells.dtype, copy=True) for d in (dh, dc))
     for t in range(T) if reverse else reversed(range(T)):
         earlier = t + 1 if reverse else t - 1
         before = cells[earlier] if 0 <= earlier < T else c0.to(cells.dtype)
+        i, f, g, o = gates[t].to(cells.dtype).chunk(4, dim=-1)
         dh = dh if dy is None else dh + dy[t]
         squashed = cells[t].tanh()
-        dc = dc + dh * o[t] * (1 - squashed**2)
-        by_gate = dc * g[t], dc * before, dc * i[t], dh * squashed
-        slopes = i[t] * (1 - i[t]), f[t] * (1 - f[t]), 1 - g[t] ** 2, o[t] * (1 - o[t])
-        da[t] = torch.cat([d * slope for d, slope in zip(by_gate, slopes, strict=True)], -1)
-        dh, dc = da[t] @ recurrent, dc * f[t]
-    return da.to(gates.dtype), dh.clone(), dc.clone()
+        dc = dc + dh * o * (1 - squashed**2)
+        by_gate = dc * g * i * (1 - i), dc * before * f * (1 - f), dc * i * (1 - g**2), dh * squashed * o * (1 - o)
+        da, dc = torch.cat(by_gate, -1), dc * f
+        gates[t], dh = da, da @ recurrent
+    return dh, dc
 
 
 def _forward_fake(projected, w_hh, h0, c0, seed, p, reverse, keep):
     T, B, H = projected.shape[0], *h0.shape
-    kept = T if keep else 0
-    return (
-        projected.new_empty(T, B, H),
-        h0.new_empty(B, H),
-        c0.new_empty(B, H),
-        projected.new_empty(kept, (H + UNITS - 1) // UNITS, B, 4, UNITS),
-        projected.new_empty(kept, B, H, dtype=torch.promote_types(projected.dtype, torch.float32)),
-    )
+    wide = torch.promote_types(projected.dtype, torch.float32)
+    cells = projected.new_empty(T if keep else 0, B, H, dtype=wide)
+    return projected.new_empty(T, B, H), h0.new_empty(B, H), c0.new_empty(B, H), cells
 
 
-def _adjoint_fake(dy, dh, dc, gates, cells, c0, *_):
-    T, B, H = cells.shape
-    return gates.new_empty(T, B, 4 * H), cells.new_empty(B, H), cells.new_empty(B, H)
+def _adjoint_fake(dy, dh, dc, gates, cells, *_):
+    return cells.new_empty(cells.shape[1:]), cells.new_empty(cells.shape[1:])
 
 
 _lib.reference("lstm_fwd", _forward)
@@ -134,7 +126,9 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(x, h0, c0, w_ih, w_hh, bias, seed, p, reverse):
-        return _fwd(linear(x, w_ih, bias), w_hh, h0, c0, seed, p, reverse, True)
+        gates = linear(x, w_ih, bias).contiguous()
+        y, h_n, c_n, cells = _fwd(gates, w_hh, h0, c0, seed, p, reverse, True)
+        return y, h_n, c_n, gates, cells
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -156,8 +150,10 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, dh, dc, x, h0, c0, w_ih, w_hh, seed, y, gates, cells, p, reverse, needs):
-        da, dh0, dc0 = _bwd(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse)
-        rows, dw_hh = da.flatten(0, 1), None
+        if torch.compiler.is_compiling() or _graph_is_kept():  # another backward will read them
+            gates = gates.clone()
+        dh0, dc0 = _bwd(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse)
+        rows, dw_hh = gates.flatten(0, 1), None
         if needs[4]:
             first = h0.to(y.dtype).unsqueeze(0)
             before = torch.cat([y[1:], first] if reverse else [first, y[:-1]])[: len(y)].flatten(0, 1)  # h_{t-1}
@@ -186,7 +182,7 @@ def _kernel(x, h0, c0, w_ih, w_hh, b_ih, b_hh, seed, p, reverse):
     tensors = (x, h0, c0, w_ih, w_hh, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Kernel.apply(*tensors, seed, p, reverse)[:3]
-    return _fwd(linear(x, w_ih, bias), w_hh, h0, c0, seed, p, reverse, False)[:3]
+    return _fwd(linear(x, w_ih, bias).contiguous(), w_hh, h0, c0, seed, p, reverse, False)[:3]
 
 
 def _aten(x, h0, c0, w_ih, w_hh, b_ih=None, b_hh=None, reverse=False):
