@@ -45,18 +45,18 @@ def _ratios(found: dict[str, Any]) -> bytes:
         ticks.append((y + (len(others) - 1) / 2, f"{case['op']}\n{case['title']}"))
         for rival in others:
             ratio = rival["ms"] / ours["ms"]
+            goals = [t["ratio"] for t in case["targets"] if t["against"] == rival["name"] and t["ratio"]]
             axes.barh(y, ratio - 1, left=1, height=0.85, color=COLOURS[ratio < 1])
             axes.annotate(
                 f"{ratio:,.2f}x  {rival['name']}" if ratio < 1000 else f"{ratio:,.0f}x  {rival['name']}",
-                (max(ratio, 1), y),
+                (max(ratio, 1, *goals), y),  # beside bar and ticks
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=7,
             )
-            for target in case["targets"]:
-                if target["against"] == rival["name"] and target["ratio"]:
-                    axes.plot([target["ratio"]] * 2, [y - 0.43, y + 0.43], color="black", linewidth=1.6)
+            for goal in goals:
+                axes.plot([goal] * 2, [y - 0.43, y + 0.43], color="black", linewidth=1.6)
             y += 1
         y += 0.8
     _ratio_axis(axes, cases, ticks, found)
