@@ -176,6 +176,10 @@ class _Adjoint(torch.autograd.Function):
         raise RuntimeError("lstm has no second derivative; impl='reference' has")
 
 
+# "auto" has no case for "aten" on a CPU. Its time over the kernel's, float32, I = H, T = 70, two Zen 4 cores, without a
+# graph and with backward and dropout: H = 64 B = 20 1.4 1.2; H = 200 B = 80 1.4 1.1; H = 400 B = 20 1.3 1.1;
+# H = 1150 B = 1 1.7 1.9, B = 20 1.8 1.5, B = 80 1.2 1.1. It is the faster one, by a tenth of a millisecond a call, for
+# T <= 5 at H = 400 and B >= 20 without dropout: 0.8 to 0.9.
 def _kernel(x, h0, c0, w_ih, w_hh, b_ih, b_hh, seed, p, reverse):
     c0 = c0.view_as(c0) if c0 is h0 else c0  # torch.compile takes no tensor twice in a Function
     bias = b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh
