@@ -13,7 +13,7 @@ from typing import Any
 from fastlm.errors import FastlmError
 
 LEAST = 1.05  # two runs of one program differ by less, as a rule
-SAME = ("machine", "device", "threads")
+SAME = ("machine", "device", "threads", "torch", "instruction_set")
 
 
 def read_old(path: str | Path) -> dict[str, Any]:
@@ -59,6 +59,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             slower.append(line)
         elif now["p80"] < before["p20"] and LEAST * now["ms"] < before["ms"]:
             faster.append(line)
+    if not compared:
+        raise FastlmError("--compare: that run has none of these lines")
     return {"drift": drift, "compared": compared, "slower": slower, "faster": faster}
 
 

@@ -58,8 +58,8 @@ static inline void run_phase(const Team& team, int64_t slot, int64_t phase, int6
   }
   int64_t* done = &team.done->value;
   if (finished > 0) __atomic_fetch_add(done, finished, __ATOMIC_RELEASE);
-  for (int spin = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < (phase + 1) * team.items; ++spin)
-    spin < kSpins ? relax() : void(sched_yield());
+  for (int spin = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < (phase + 1) * team.items;)
+    spin < kSpins ? (++spin, relax()) : void(sched_yield());
 }
 
 }  // namespace

@@ -114,6 +114,8 @@ class NTASGD(torch.optim.Optimizer):
         if self.averaging and self.lag:
             scale = lr_scale if self._late_scale is None else self._late_scale
             self._late_scale = lr_scale
+        if not clip >= 0:
+            raise ValueError(f"clip must be at least 0, got {clip}")
         divisor = self._divisor(clip) if clip else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

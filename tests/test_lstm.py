@@ -1,6 +1,7 @@
 """One LSTM layer in one direction: values and gradients, the mask, states, transforms and errors."""
 
 import itertools
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -375,6 +376,30 @@ def test_backward_twice(native):
     first, second = (torch.autograd.grad(y, args, retain_graph=True) for _ in range(2))
     for a, b, c in zip(first, second, torch.autograd.grad(y, args), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_backward_after_one_that_failed(native, monkeypatch):
+    """The gates are gone then: an error, not gradients of something else."""
+    args = arguments((4, 3, 5, 6), torch.float32)
+    y = lstm(*args, impl="cpu")[0].square().sum()
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(sys.modules[lstm.__module__], "matmul", out_of_memory)
+        torch.autograd.grad(y, args)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, args)
+
+
+def test_forward_mode_raises(native):
+    """It would be zeros otherwise: the operators have no tangents."""
+    args = [a.detach() for a in arguments((4, 3, 5, 6), torch.float32)]
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(lambda x: lstm(x, *args[1:], impl="cpu")[0], (args[0],), (args[0],))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
+        lstm(torch.autograd.forward_ad.make_dual(args[0], args[0]), *args[1:], impl="cpu")
 
 
 @pytest.mark.parametrize("wanted", range(7))

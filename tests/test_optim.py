@@ -271,3 +271,12 @@ def test_a_step_takes_a_closure_as_those_of_torch_do():
     optimizer.step(closure, lr_scale=0.0)
     with pytest.raises(TypeError):
         optimizer.step(None, 1.0)
+
+
+@pytest.mark.parametrize("clip", [-1.0, float("nan")])
+def test_wrong_clip(clip):
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="clip must be at least 0"):
+        NTASGD([weight], lr=1.0).step(clip=clip)
+    assert torch.equal(weight, torch.ones(2))

@@ -382,3 +382,10 @@ def test_which():
     expected = "cpu" if "cpu" in testing.impls("qrnn_pool") else "reference"
     assert fastlm.ops.which(qrnn_pool, torch.rand(2, 3, 6)) == expected
     assert fastlm.ops.which(qrnn_pool, torch.rand(2, 3, 6).double()) == "reference"
+
+
+def test_forward_mode_raises(native):
+    """It would be zeros otherwise: the operators have no tangents."""
+    gates = torch.randn(4, 3, 15)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(lambda x: qrnn_pool(x, impl="cpu")[0], (gates,), (gates,))

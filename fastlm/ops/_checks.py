@@ -83,3 +83,15 @@ def state(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, **si
     floating(name, x)
     same(name, x, other_name, other, dtype=x.dtype != torch.float32)
     shape(name, x, **sizes)
+
+
+def recorded(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call has to go through its Function: for a backward, or because forward-mode derivatives are taken.
+
+    Those pass through a bare operator as zeros without a word; a Function without them raises.
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

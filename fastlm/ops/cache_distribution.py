@@ -3,7 +3,7 @@
     p(w) = sum_i [x_i = w] a_i,        a = softmax_i(theta q . k_i)
 
 over the entries of a ring buffer of keys k_i and words x_i, in any order. A word's weights are summed as integers, so
-neither the order of the entries nor that of the threads shows in the sum. Grave, Joulin and Usunier, "Improving neural
+neither the order of its entries nor that of the threads shows in its sum. Grave, Joulin and Usunier, "Improving neural
 language models with a continuous cache", arXiv 1612.04426, equations 2 and 3. Like `cache_attention` it has no adjoint.
 """
 

@@ -152,6 +152,8 @@ class _Adjoint(torch.autograd.Function):
     def forward(dy, dh, dc, x, h0, c0, w_ih, w_hh, seed, y, gates, cells, p, reverse, needs):
         if torch.compiler.is_compiling() or _graph_is_kept():  # another backward will read them
             gates = gates.clone()
+        else:
+            torch.autograd.graph.increment_version(gates)  # should this fail half-way, another try raises
         dh0, dc0 = _bwd(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse)
         rows, dw_hh = gates.flatten(0, 1), None
         if needs[4]:
@@ -184,7 +186,7 @@ def _kernel(x, h0, c0, w_ih, w_hh, b_ih, b_hh, seed, p, reverse):
     c0 = c0.view_as(c0) if c0 is h0 else c0  # torch.compile takes no tensor twice in a Function
     bias = b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh
     tensors = (x, h0, c0, w_ih, w_hh, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if _checks.recorded(*tensors):
         return _Kernel.apply(*tensors, seed, p, reverse)[:3]
     return _fwd(linear(x, w_ih, bias).contiguous(), w_hh, h0, c0, seed, p, reverse, False)[:3]
 

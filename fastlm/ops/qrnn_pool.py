@@ -215,6 +215,6 @@ def qrnn_pool(
     options = (seed if masked else None, pooling, zoneout, reverse)
     if _lib.resolve("qrnn_pool", impl, gates) == "reference":
         return reference(gates, c0, *options)
-    if torch.is_grad_enabled() and (gates.requires_grad or (c0 is not None and c0.requires_grad)):
+    if _checks.recorded(gates, c0):
         return _QRNNPool.apply(gates, c0, *options)[:2]
     return _fwd(gates, c0, *options, False)[:2]
