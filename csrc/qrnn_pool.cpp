@@ -151,7 +151,7 @@ void chunk_backward(const QrnnPoolArgs& a, const Chunk& chunk, const Tape& tape,
     for_each_vector(count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
       const vec z = load(tape.z[u] + j), f = load(tape.f[u] + j), write = f * a.scale, before = load(tape.c[u] + j);
       vec total = dh == nullptr ? splat(0.0f) : load(dh + j, n);
-      prefetch(dh + ahead + j);
+      if (dh != nullptr) prefetch(dh + ahead + j);
       if (kGates > 2) {
         prefetch(go + gates_ahead + j);
         const vec o = sigmoid(load(go + j, n));

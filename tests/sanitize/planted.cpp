@@ -13,7 +13,6 @@ enum class Planted : int64_t {  // in the order of planted.py
   shift,
   race,
   vector_race,
-  partial_race,
   relaxed_flag,
 };
 
@@ -79,9 +78,6 @@ void planted(const PlantedArgs& a, int64_t begin, int64_t end) {
         break;
       case Planted::vector_race:
         store(x, splat(float(piece)));
-        break;
-      case Planted::partial_race:
-        store(x, splat(float(piece)), 3);
         break;
     }
   }

@@ -24,7 +24,6 @@ BUGS = {  # in the order of planted.cpp: what reports it, and with which words
     "shift": ("address", "shift exponent 64 is too large"),
     "race": ("thread", "data race"),
     "vector_race": ("thread", "data race"),
-    "partial_race": ("thread", "data race"),
     "relaxed_flag": ("thread", "data race"),
 }
 MINE = [name for name, (sanitizer, _) in BUGS.items() if sanitizer in (None, SANITIZER)]
