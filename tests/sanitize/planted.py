@@ -47,7 +47,12 @@ def in_a_child(function) -> tuple[int, str]:
 @pytest.mark.parametrize("bug", MINE)
 def test_a_planted_bug_is_reported(bug, set_):
     x = torch.ones(64)
-    status, report = in_a_child(lambda: torch.ops.fastlm.planted(x, list(BUGS).index(bug), set_))
+
+    def run():  # a race is seen at most of its occurrences, not at all of them
+        for _ in range(100):
+            torch.ops.fastlm.planted(x, list(BUGS).index(bug), set_)
+
+    status, report = in_a_child(run)
     if bug == "nothing":
         assert (status, report) == (0, "")
     else:
