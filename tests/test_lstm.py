@@ -396,9 +396,9 @@ def test_backward_after_one_that_failed(native, monkeypatch):
 def test_forward_mode_raises(native):
     """It would be zeros otherwise: the operators have no tangents."""
     args = [a.detach() for a in arguments((4, 3, 5, 6), torch.float32)]
-    with pytest.raises((NotImplementedError, RuntimeError)):
+    with pytest.raises(RuntimeError):
         torch.func.jvp(lambda x: lstm(x, *args[1:], impl="cpu")[0], (args[0],), (args[0],))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError):
         lstm(torch.autograd.forward_ad.make_dual(args[0], args[0]), *args[1:], impl="cpu")
 
 
