@@ -5,6 +5,8 @@ in a pure-Python install, and loading a native module changes speed, never meani
 """
 
 import ctypes
+import importlib
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +21,18 @@ DTYPES = (
     torch.float16,
 )  # what native kernels take; the reference also takes float64
 BUILD_COMMAND = "pip install --no-build-isolation ."
+OLDEST_TRITON = (3, 6)  # the oldest that the kernels are tried with
 
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
+schemas: dict[str, str] = {}
 native_kernels: set[tuple[str, str]] = set()  # (schema name, device type)
 
 
 class Op(NamedTuple):
-    """A public operator: the schemas it needs a kernel for, and what else can serve it on every device."""
+    """A public operator: the schemas that a device or Triton needs kernels for, and what else can serve it anywhere."""
 
     kernels: tuple[str, ...]
+    triton: tuple[str, ...]
     extra: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -65,6 +70,7 @@ def define(schema: str) -> None:
     """Define an operator of the library and note which devices have a native kernel for it."""
     library.define(schema)
     name = schema.partition("(")[0]
+    schemas[name] = schema
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
             native_kernels.add((name, device))
@@ -79,28 +85,74 @@ def reference(name: str, function) -> None:
 def fake(name: str, function) -> None:
     """Register the shapes and dtypes of the results, for torch.compile and torch.export."""
     torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=library)
+    if any(name in op.triton for op in ops.values()):
+        torch.library.register_fake(f"{NAMESPACE}::{name}.triton", function, lib=library)
 
 
 def declare(
     op: str,
     *,
     kernels: tuple[str, ...] = (),
+    triton: tuple[str, ...] = (),
     extra: tuple[str, ...] = (),
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
-    """Make a public operator known to `resolve`.
+    """Make a public operator known to `resolve`; comes after its schemas, before their fakes.
 
     Args:
         op: its public name. kernels: the schemas that a device must have kernels for.
-        extra: implementations that need no native kernel, best first. dtypes: what the native kernels take.
+        triton: the schemas that have a Triton kernel, a function of the same name in `fastlm.triton`; each gets an
+            overload of that name.
+        extra: implementations that need no kernel, best first. dtypes: what the kernels take.
     """
-    ops[op] = Op(kernels, extra, dtypes)
+    ops[op] = Op(kernels, triton, extra, dtypes)
+    for name in triton:
+        library.define(schemas[name].replace(name, f"{name}.triton", 1))
+        library.impl(f"{name}.triton", _triton_function(op, name), "CompositeExplicitAutograd")
+
+
+def _triton_function(op: str, name: str):
+    """The launcher of a Triton kernel; Triton is imported at its first call."""
+    stem = op.removesuffix("_mask")
+
+    @torch.no_grad()
+    def call(*args):
+        return getattr(importlib.import_module(f"fastlm.triton.{stem}"), name)(*args)
+
+    return call
+
+
+def kernel(name: str, impl: str):
+    """The operator of a schema that serves an implementation chosen by `resolve`."""
+    return getattr(getattr(torch.ops.fastlm, name), "triton" if impl == "triton" else "default")
 
 
 def native(op: str, device: str) -> bool:
     """Whether every kernel of `op` is there for the device type."""
     kernels = ops[op].kernels
     return bool(kernels) and all((name, device) in native_kernels for name in kernels)
+
+
+def _triton_missing() -> str | None:
+    """Why there is no Triton that the kernels can use, or None; it is not imported."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed; to get it: pip install triton"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is too old; to get a newer one: pip install --upgrade triton"
+    return None
+
+
+triton_missing: str | None = _triton_missing()
+# As Triton reads it: its kernels then run in its interpreter, on the CPU, for tests and debugging.
+interpreting: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def has_triton(op: str, device: str) -> bool:
+    """Whether Triton kernels can serve `op` on the device type."""
+    able = device == "cuda" or (device == "cpu" and interpreting)
+    return able and triton_missing is None and bool(ops[op].triton)
 
 
 IMPLS = ("auto", "reference", "cpu", "cuda", "triton", "aten")
@@ -119,31 +171,53 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
         TypeError: the named implementation does not take this device or dtype.
         RuntimeError: the named implementation is not installed, or FASTLM_IMPL names none.
     """
-    kernels, extra, dtypes = ops[op]
+    kernels, triton, extra, dtypes = ops[op]
     device = tensor.device.type
     if DEFAULT_IMPL not in IMPLS:
         raise RuntimeError(f"FASTLM_IMPL must be one of {', '.join(IMPLS)}, got {DEFAULT_IMPL!r}")
-    if impl == "auto" and DEFAULT_IMPL in ("reference", *extra):  # a kernel is what "auto" takes where it can serve
-        impl = DEFAULT_IMPL
     if impl == "auto":
-        if native(op, device):
-            return device if tensor.dtype in dtypes else (*extra, "reference")[0]
-        return extra[0] if extra else "fallback"
+        return _automatic(op, device, tensor.dtype in dtypes)
     if impl == "reference" or impl in extra:
         return impl
     if impl not in ("cpu", "cuda", "triton"):
         names = ", ".join(repr(name) for name in ("auto", "reference", "cpu", "triton", "cuda", *extra))
         raise ValueError(f"{op}: impl must be one of {names}, got {impl!r}")
-    if impl == "triton" or not kernels:
+    if not (triton if impl == "triton" else kernels):
         raise RuntimeError(f"{op}: there is no {impl!r} kernel in this version of fastlm; use impl='auto'")
-    if not native(op, impl):
+    if impl == "triton":
+        if triton_missing is not None:
+            raise RuntimeError(f"{op}: impl='triton': {triton_missing}")
+        if not has_triton(op, device):
+            wanted = "a GPU (under TRITON_INTERPRET=1 on the CPU)"
+            raise TypeError(f"{op}: impl='triton' takes tensors on {wanted}, got {tensor.device}")
+    elif not native(op, impl):
         module = "_C" if impl == "cpu" else "_C_cuda"
         if status[module] is None:
             raise RuntimeError(f"{op}: there is no {impl!r} kernel in this version of fastlm; use impl='auto'")
         raise RuntimeError(f"{op}: impl={impl!r} needs fastlm.{module}: {status[module]}; to get it: {BUILD_COMMAND}")
-    if device != impl:
+    elif device != impl:
         raise TypeError(f"{op}: impl={impl!r} takes tensors on {impl}, got {tensor.device}")
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: impl={impl!r} takes {names}, got {tensor.dtype}")
     return impl
+
+
+def _automatic(op: str, device: str, served: bool) -> str:
+    """What `"auto"` takes: a native kernel, else the best of `extra`, else Triton's; `served`: kernels take the dtype.
+
+    Triton comes last because the interpreter, and any GPU that was not measured, must not take an operator from a
+    library that was tuned for it.
+    """
+    _, _, extra, _ = ops[op]
+    able = {"reference": True, **dict.fromkeys(extra, True)}
+    able |= {device: served and native(op, device), "triton": served and has_triton(op, device)}
+    if able.get(DEFAULT_IMPL):  # a debugging setting that cannot serve is passed over
+        return DEFAULT_IMPL
+    if able[device]:
+        return device
+    if extra:
+        return extra[0]
+    if device == "cuda" and able["triton"]:
+        return "triton"
+    return "fallback" if served or not native(op, device) else "reference"

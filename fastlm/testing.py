@@ -11,7 +11,13 @@ SEEDS = (0, 1, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63 - 1)
 def impls(op: str, device: str = "cpu") -> list[str]:
     """The implementations of an operator that can serve the device here, the reference and `"auto"` included."""
     kernels = [device] if _lib.native(op, device) else []
-    return ["auto", "reference", *_lib.ops[op].extra, *kernels]
+    triton = ["triton"] if _lib.has_triton(op, device) else []
+    return ["auto", "reference", *_lib.ops[op].extra, *triton, *kernels]
+
+
+def quick(impl: str, numel: int) -> bool:
+    """Whether a call on so many elements is one for the tests: Triton's interpreter takes 0.2 ms for each."""
+    return impl != "triton" or not _lib.interpreting or numel <= 3000
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:

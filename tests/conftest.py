@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+# Before anything imports Triton: where there is no GPU its kernels run in its interpreter, on the CPU.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastlm import _lib
 
@@ -20,7 +25,30 @@ PACKAGE_ROOT = Path(_lib.__file__).resolve().parents[1]  # of the fastlm under t
 
 def pytest_report_header(config):
     modules = ", ".join(f"{name}: {reason or 'loaded'}" for name, reason in _lib.status.items())
-    return f"fastlm: {modules}; CPU kernels: {_lib.instruction_set()}; CUDA: {torch.cuda.is_available()}"
+    triton = _lib.triton_missing or ("interpreted" if _lib.interpreting else "loaded when used")
+    cuda = torch.cuda.is_available()
+    return f"fastlm: {modules}; CPU kernels: {_lib.instruction_set()}; Triton: {triton}; CUDA: {cuda}"
+
+
+def _round_as_a_gpu_does():
+    """The interpreter cuts float32 off to bfloat16; every GPU rounds to the nearest, halves to even."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        rounded = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+        return interpreter.TensorHandle(rounded, tl.bfloat16)
+
+    builder = interpreter.InterpreterBuilder
+    builder.cast_impl = builder.create_fp_trunc = cast_impl
+
+
+if _lib.interpreting and _lib.triton_missing is None:
+    _round_as_a_gpu_does()
 
 
 def pytest_collection_modifyitems(items):

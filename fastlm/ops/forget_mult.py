@@ -22,7 +22,8 @@ _lib.define(
     "forget_mult_bwd(Tensor grad, Tensor f, Tensor x, Tensor? h0, Tensor h, bool reverse)"
     " -> (Tensor df, Tensor dx, Tensor dh0)"
 )
-_lib.declare("forget_mult", kernels=("forget_mult_fwd", "forget_mult_bwd"))
+_KERNELS = ("forget_mult_fwd", "forget_mult_bwd")
+_lib.declare("forget_mult", kernels=_KERNELS, triton=_KERNELS)
 
 
 def reference(f: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None = None, reverse: bool = False) -> torch.Tensor:
@@ -63,31 +64,29 @@ _lib.fake(
         (f if h0 is None else h0).new_empty(f.shape[1:]),
     ),
 )
-_fwd = torch.ops.fastlm.forget_mult_fwd.default
-_bwd = torch.ops.fastlm.forget_mult_bwd.default
 
 
 class _ForgetMult(torch.autograd.Function):
     @staticmethod
-    def forward(f, x, h0, reverse):
-        return _fwd(f, x, h0, reverse)
+    def forward(f, x, h0, reverse, impl):
+        return _lib.kernel("forget_mult_fwd", impl)(f, x, h0, reverse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        f, x, h0, ctx.reverse = inputs
+        f, x, h0, *ctx.options = inputs
         ctx.save_for_backward(f, x, h0, output)
 
     @staticmethod
     def backward(ctx, grad):
-        return *_Adjoint.apply(grad, *ctx.saved_tensors, ctx.reverse), None
+        return *_Adjoint.apply(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
 class _Adjoint(torch.autograd.Function):
     # once_differentiable looks at the gradient alone: it would let d(df)/dx pass as zero without a word
 
     @staticmethod
-    def forward(grad, f, x, h0, h, reverse):
-        df, dx, dh0 = _bwd(grad, f, x, h0, h, reverse)
+    def forward(grad, f, x, h0, h, reverse, impl):
+        df, dx, dh0 = _lib.kernel("forget_mult_bwd", impl)(grad, f, x, h0, h, reverse)
         return df, dx, None if h0 is None else dh0
 
     @staticmethod
@@ -114,7 +113,7 @@ def forget_mult(
         x: what is written, like `f`.
         h0: state before the first step [B, H], of the dtype of `f` or float32; zeros when None.
         reverse: run from T-1 down to 0.
-        impl: `"auto"`, `"reference"`, `"cpu"` or `"cuda"`.
+        impl: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
 
     Returns:
         All states [T, B, H] in the dtype of `f`; differentiable once in `f`, `x` and `h0`.
@@ -129,6 +128,7 @@ def forget_mult(
     _checks.shape("x", x, T=len(f), B=batch, H=hidden)
     if h0 is not None:
         _checks.state("h0", h0, "f", f, B=batch, H=hidden)
-    if _lib.resolve("forget_mult", impl, f) == "reference":
+    chosen = _lib.resolve("forget_mult", impl, f)
+    if chosen == "reference":
         return reference(f, x, h0, reverse)
-    return _ForgetMult.apply(f, x, h0, reverse)
+    return _ForgetMult.apply(f, x, h0, reverse, chosen)

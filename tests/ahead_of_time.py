@@ -1,0 +1,135 @@
+"""Compiles every Triton kernel for GPUs that are not here, and prints what each takes: one JSON object a line.
+
+    python tests/ahead_of_time.py cuda:90 forget_mult qrnn_pool      # cuda:80, cuda:90 or hip:gfx942; all operators
+
+The launchers are the real ones, on tensors of the CPU; each launch ends in a compilation for the target, with the
+argument types, the specialisations and the options that a GPU would get. In a process of its own: Triton takes one
+driver, and no interpreter.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastlm.triton import forget_mult
+
+TARGETS = {
+    "cuda:80": GPUTarget("cuda", 80, 32),
+    "cuda:90": GPUTarget("cuda", 90, 32),
+    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+}
+LENGTHS = (70, 64, 1)  # all that Triton could specialise on; after the first nothing may compile
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class NoDriver:
+    """What a compilation asks of a driver."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers a thread, bytes spilled and bytes of shared memory, from the binary."""
+    if "cubin" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True).stdout
+        found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        spilled = found["STACK"] + found["LOCAL"]
+        return {"registers": found["REG"], "spilled": spilled, "shared": kernel.metadata.shared}
+    text = kernel.asm["amdgcn"]
+    found = {
+        name: int(number)
+        for name, number in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+    }
+    spilled = found["vgpr_spill_count"] + found["private_segment_fixed_size"]
+    return {"registers": found["vgpr_count"], "spilled": spilled, "shared": kernel.metadata.shared}
+
+
+def record(rows: list[dict]) -> None:
+    """Put a compilation in the place of every launch, noting each kernel that comes out for the first time."""
+    run, seen = JITFunction.run, set()
+
+    def compiled(self, *args, grid, warmup, **options):
+        assert "enable_fp_fusion" in options, f"{self.__name__}: enable_fp_fusion is not said"
+        start = time.perf_counter()
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        seconds = round(time.perf_counter() - start, 2)
+        if kernel not in seen:
+            rows.append({"kernel": self.__name__, **resources(kernel), "seconds": seconds})
+        seen.add(kernel)
+        return kernel
+
+    JITFunction.run = compiled
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def call_forget_mult(dtype: torch.dtype, T: int) -> None:
+    x, state = floats(T, 20, 1150, dtype=dtype), floats(20, 1150)
+    forget_mult.forget_mult_fwd(x, x, None, False)
+    forget_mult.forget_mult_bwd(x, x, x, state, x, True)
+    x = floats(T, 128, 2560, dtype=dtype)
+    forget_mult.forget_mult_fwd(x, x, None, False)
+    forget_mult.forget_mult_bwd(x, x, x, None, x, False)
+
+
+class Calls(NamedTuple):
+    """The launches of an operator for a dtype and T, and what a kernel may take: registers, bytes of shared memory."""
+
+    run: Callable[[torch.dtype, int], None]
+    registers: int
+    shared: int = 0
+
+
+CALLS = {
+    "forget_mult": Calls(call_forget_mult, registers=168),
+}
+
+
+def main(target: str, *names: str) -> None:
+    driver.set_active(NoDriver(TARGETS[target]))
+    rows: list[dict] = []
+    record(rows)
+    for name in names or CALLS:
+        run, registers, shared = CALLS[name]
+        for dtype in (torch.float32, torch.bfloat16):
+            for T in LENGTHS:
+                rows.clear()
+                run(dtype, T)
+                for row in rows:
+                    about = {"op": name, "dtype": str(dtype).removeprefix("torch."), "T": T}
+                    allowed = {"allowed registers": registers, "allowed shared": shared}
+                    print(json.dumps({**about, **row, **allowed}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,76 @@
+"""What all Triton kernels have in common: how they are chosen, what they take on GPUs that are not here.
+
+Their values are tested with those of the other implementations, in the file of each operator: in Triton's interpreter
+where there is no GPU.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlm import _lib
+from fastlm.ops import forget_mult
+
+TESTS = Path(__file__).parent
+SOURCES = TESTS.parent / "fastlm" / "triton"
+OPS = sorted(path.stem for path in SOURCES.glob("*.py") if path.stem not in ("__init__", "common"))
+needs_triton = pytest.mark.skipif(_lib.triton_missing is not None, reason=str(_lib.triton_missing))
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("op", OPS)
+def test_ahead_of_time(op, target, tmp_path):
+    """Every kernel compiles for GPUs that are not here, in its limits, without a spill, and for one T as for another."""
+    done = subprocess.run(
+        [sys.executable, TESTS / "ahead_of_time.py", target, op],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    launched = set(re.findall(r"launch\(\s*(\w+)", (SOURCES / f"{op}.py").read_text()))
+    assert launched and {row["kernel"] for row in rows} == launched, "every kernel of the file is compiled"
+    for row in rows:
+        assert row["spilled"] == 0, row
+        assert row["registers"] <= row["allowed registers"] and row["shared"] <= row["allowed shared"], row
+    assert len({row["T"] for row in rows}) == 1, f"another T compiled another kernel: {rows}"
+
+
+def test_what_cannot_serve_says_why(monkeypatch):
+    x = torch.rand(2, 3, 4)
+    monkeypatch.setattr(_lib, "interpreting", False)
+    with pytest.raises((TypeError, RuntimeError), match="forget_mult: impl='triton'"):
+        forget_mult(x, x, impl="triton")
+    monkeypatch.setattr(_lib, "triton_missing", None)
+    with pytest.raises(TypeError, match=r"takes tensors on a GPU \(under TRITON_INTERPRET=1 on the CPU\), got cpu"):
+        forget_mult(x, x, impl="triton")
+    monkeypatch.setattr(_lib, "interpreting", True)
+    with pytest.raises(TypeError, match="takes float32, bfloat16, float16, got torch.float64"):
+        forget_mult(x.double(), x.double(), impl="triton")
+    monkeypatch.setattr(_lib, "triton_missing", "Triton is not installed; to get it: pip install triton")
+    with pytest.raises(RuntimeError, match="impl='triton': Triton is not installed; to get it: pip install triton"):
+        forget_mult(x, x, impl="triton")
+
+
+def test_auto_takes_triton_only_on_a_gpu_without_a_kernel(monkeypatch):
+    monkeypatch.setattr(_lib, "triton_missing", None)
+    monkeypatch.setattr(_lib, "interpreting", True)
+    monkeypatch.setattr(_lib, "native_kernels", set())
+    assert _lib.resolve("forget_mult", "auto", torch.rand(2, 3, 4)) == "fallback"
+    assert _lib._automatic("forget_mult", "cuda", True) == "triton"
+    assert _lib._automatic("forget_mult", "cuda", False) == "fallback"
+    assert _lib._automatic("lstm", "cuda", True) == "aten"
+    monkeypatch.setattr(_lib, "native_kernels", {("forget_mult_fwd", "cuda"), ("forget_mult_bwd", "cuda")})
+    assert _lib._automatic("forget_mult", "cuda", True) == "cuda"
+    monkeypatch.setattr(_lib, "DEFAULT_IMPL", "triton")
+    assert _lib._automatic("forget_mult", "cuda", True) == "triton"
+    assert _lib._automatic("forget_mult", "cuda", False) != "triton"
+    assert _lib.resolve("forget_mult", "auto", torch.rand(2, 3, 4)) == "triton"
