@@ -29,7 +29,7 @@ def test_what_it_cannot_serve_goes_as_usual(fresh_python, name):
 def test_every_name_serves_every_operator(monkeypatch):
     for name in _lib.IMPLS:
         monkeypatch.setattr(_lib, "DEFAULT_IMPL", name)
-        for op, (_, extra, _) in _lib.ops.items():
+        for op, (_, _, extra, _) in _lib.ops.items():
             for dtype in (torch.float32, torch.float64, torch.int64):
                 for device in ("cpu", "meta"):
                     chosen = _lib.resolve(op, "auto", torch.empty(2, dtype=dtype, device=device))

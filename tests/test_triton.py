@@ -27,7 +27,7 @@ needs_triton = pytest.mark.skipif(_lib.triton_missing is not None, reason=str(_l
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 @pytest.mark.parametrize("op", OPS)
 def test_ahead_of_time(op, target, tmp_path):
-    """Every kernel compiles for GPUs that are not here, in its limits, without a spill, and for one T as for another."""
+    """Kernels compile for GPUs that are not here, in their limits, without a spill, for one T as for another."""
     done = subprocess.run(
         [sys.executable, TESTS / "ahead_of_time.py", target, op],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
