@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastlm.triton import forget_mult
+from fastlm.triton import forget_mult, lstm
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -102,6 +102,16 @@ def call_forget_mult(dtype: torch.dtype, T: int) -> None:
     forget_mult.forget_mult_bwd(x, x, x, None, x, False)
 
 
+def call_lstm(dtype: torch.dtype, T: int) -> None:
+    for B, H in ((20, 1150), (3, 37)):
+        projected, w_hh, state = floats(T, B, 4 * H, dtype=dtype), floats(4 * H, H, dtype=dtype), floats(B, H)
+        for keep, h0 in ((True, state), (False, state.to(dtype))):
+            y, *_, cells = lstm.lstm_fwd(projected, w_hh, h0, state, None, 0.0, False, keep)
+        cells = floats(T, B, H)
+        lstm.lstm_bwd(y, None, None, projected, cells, state, w_hh, None, 0.0, True)
+        lstm.lstm_bwd(None, state, None, projected, cells, state, w_hh, None, 0.0, False)
+
+
 class Calls(NamedTuple):
     """The launches of an operator for a dtype and T, and what a kernel may take: registers, bytes of shared memory."""
 
@@ -112,6 +122,7 @@ class Calls(NamedTuple):
 
 CALLS = {
     "forget_mult": Calls(call_forget_mult, registers=168),
+    "lstm": Calls(call_lstm, registers=40),
 }
 
 

@@ -39,7 +39,8 @@ _lib.define(
     "lstm_bwd(Tensor? dy, Tensor? dh, Tensor? dc, Tensor(a!) gates, Tensor cells, Tensor c0, Tensor w_hh, Tensor? seed,"
     " float p, bool reverse) -> (Tensor dh0, Tensor dc0)"
 )
-_lib.declare("lstm", kernels=("lstm_fwd", "lstm_bwd"), extra=("aten",))
+_KERNELS = ("lstm_fwd", "lstm_bwd")
+_lib.declare("lstm", kernels=_KERNELS, triton=_KERNELS, extra=("aten",))
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -117,22 +118,20 @@ _lib.reference("lstm_fwd", _forward)
 _lib.reference("lstm_bwd", _adjoint)
 _lib.fake("lstm_fwd", _forward_fake)
 _lib.fake("lstm_bwd", _adjoint_fake)
-_fwd = torch.ops.fastlm.lstm_fwd.default
-_bwd = torch.ops.fastlm.lstm_bwd.default
 
 
 class _Kernel(torch.autograd.Function):
     """The products of all steps together, and the kernel for the steps."""
 
     @staticmethod
-    def forward(x, h0, c0, w_ih, w_hh, bias, seed, p, reverse):
+    def forward(x, h0, c0, w_ih, w_hh, bias, seed, p, reverse, impl):
         gates = linear(x, w_ih, bias).contiguous()
-        y, h_n, c_n, cells = _fwd(gates, w_hh, h0, c0, seed, p, reverse, True)
+        y, h_n, c_n, cells = _lib.kernel("lstm_fwd", impl)(gates, w_hh, h0, c0, seed, p, reverse, True)
         return y, h_n, c_n, gates, cells
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, seed, ctx.p, ctx.reverse = inputs
+        *tensors, seed, ctx.p, ctx.reverse, ctx.impl = inputs
         ctx.set_materialize_grads(False)  # the gradients of the last states are absent whenever they are detached
         ctx.mark_non_differentiable(*output[3:])
         ctx.save_for_backward(*tensors[:5], seed, output[0], *output[3:])
@@ -142,19 +141,20 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx, dy, dh, dc, *_):
         needs = ctx.needs_input_grad[:6] if ctx.has_bias else (*ctx.needs_input_grad[:5], False)
         adjoint = _Adjoint.apply if torch.is_grad_enabled() else _Adjoint.forward  # enabled where a graph is asked for
-        return *adjoint(dy, dh, dc, *ctx.saved_tensors, ctx.p, ctx.reverse, needs), None, None, None
+        options = (ctx.p, ctx.reverse, ctx.impl, needs)
+        return *adjoint(dy, dh, dc, *ctx.saved_tensors, *options), None, None, None, None
 
 
 class _Adjoint(torch.autograd.Function):
     # once_differentiable looks at the gradient alone: it would let second derivatives pass as zero without a word
 
     @staticmethod
-    def forward(dy, dh, dc, x, h0, c0, w_ih, w_hh, seed, y, gates, cells, p, reverse, needs):
+    def forward(dy, dh, dc, x, h0, c0, w_ih, w_hh, seed, y, gates, cells, p, reverse, impl, needs):
         if torch.compiler.is_compiling() or _graph_is_kept():  # another backward will read them
             gates = gates.clone()
         else:
             torch.autograd.graph.increment_version(gates)  # should this fail half-way, another try raises
-        dh0, dc0 = _bwd(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse)
+        dh0, dc0 = _lib.kernel("lstm_bwd", impl)(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse)
         rows, dw_hh = gates.flatten(0, 1), None
         if needs[4]:
             first = h0.to(y.dtype).unsqueeze(0)
@@ -182,13 +182,14 @@ class _Adjoint(torch.autograd.Function):
 # graph and with backward and dropout: H = 64 B = 20 1.4 1.2; H = 200 B = 80 1.4 1.1; H = 400 B = 20 1.3 1.1;
 # H = 1150 B = 1 1.7 1.9, B = 20 1.8 1.5, B = 80 1.2 1.1. It is the faster one, by a tenth of a millisecond a call, for
 # T <= 5 at H = 400 and B >= 20 without dropout: 0.8 to 0.9.
-def _kernel(x, h0, c0, w_ih, w_hh, b_ih, b_hh, seed, p, reverse):
+def _kernel(x, h0, c0, w_ih, w_hh, b_ih, b_hh, seed, p, reverse, impl):
     c0 = c0.view_as(c0) if c0 is h0 else c0  # torch.compile takes no tensor twice in a Function
     bias = b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh
     tensors = (x, h0, c0, w_ih, w_hh, bias)
     if _checks.recorded(*tensors):
-        return _Kernel.apply(*tensors, seed, p, reverse)[:3]
-    return _fwd(linear(x, w_ih, bias).contiguous(), w_hh, h0, c0, seed, p, reverse, False)[:3]
+        return _Kernel.apply(*tensors, seed, p, reverse, impl)[:3]
+    gates = linear(x, w_ih, bias).contiguous()
+    return _lib.kernel("lstm_fwd", impl)(gates, w_hh, h0, c0, seed, p, reverse, False)[:3]
 
 
 def _aten(x, h0, c0, w_ih, w_hh, b_ih=None, b_hh=None, reverse=False):
@@ -337,13 +338,14 @@ def lstm(
         weight_dropout: probability of dropping an element of `w_hh`, in [0, 1]; one mask for the whole call.
         seed: int64 scalar tensor on the device of `x`; drawn from PyTorch's default generator when None.
         reverse: read from the last step to the first; outputs stay at the steps of their inputs.
-        impl: `"auto"`, `"reference"`, `"cpu"` or `"aten"`. `"cpu"` masks `w_hh` as it packs it, multiplies in the
-            dtype of `x` (float16 in float32) and keeps c in float32. `"aten"` is PyTorch's own layer on a masked copy
-            of `w_hh`, in the wider of the dtypes of `x` and the state (float16 in float32 on a CPU).
+        impl: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"aten"`. `"cpu"` masks `w_hh` as it packs it, `"triton"`
+            once for a pass; both multiply in the dtype of `x` (`"cpu"` float16 in float32) and keep c in float32.
+            `"aten"` is PyTorch's own layer on a masked copy of `w_hh`, in the wider of the dtypes of `x` and the state
+            (float16 in float32 on a CPU).
 
     Returns:
-        `(y, h_n, c_n)`: `[T, B, H]` in the dtype of `x`, and `[B, H]` each in the dtype of the state given. `"cpu"`,
-        and `"aten"` compiled or exported, is differentiable once; `"aten"` else as often as PyTorch's layer is.
+        `(y, h_n, c_n)`: `[T, B, H]` in the dtype of `x`, and `[B, H]` each in the dtype of the state given. Kernels,
+        and `"aten"` compiled or exported, are differentiable once; `"aten"` else as often as PyTorch's layer is.
 
     Raises:
         ValueError: wrong shape, or `weight_dropout` outside [0, 1]. TypeError: wrong dtype or device.
@@ -360,13 +362,13 @@ def lstm(
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     p = _checks.probability("weight_dropout", weight_dropout)
     chosen = _lib.resolve("lstm", impl, x)
-    if chosen == "cpu":
+    if chosen in ("cpu", "triton"):
         if p and seed is None:
             seed = philox.draw_seed(x.device)
         tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-        if x.dtype == torch.float16:  # the products of PyTorch are slow in it on a CPU
+        if x.dtype == torch.float16 and chosen == "cpu":  # the products of PyTorch are slow in it on a CPU
             tensors = [None if t is None else t.float() for t in tensors]
-        outputs = _kernel(*tensors, seed if p else None, p, reverse)
+        outputs = _kernel(*tensors, seed if p else None, p, reverse, chosen)
         return tuple(y.to(like.dtype) for y, like in zip(outputs, (x, h0, c0), strict=True))
     if p:
         w_hh = dropconnect(w_hh, p, seed, impl="reference" if chosen == "reference" else "auto")
