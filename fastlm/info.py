@@ -120,10 +120,10 @@ def host() -> str | None:
 
 
 def triton() -> str | None:
-    if package_version("triton") is None:
-        return "not installed"
-    importlib.import_module("triton")
-    return None
+    missing = importlib.import_module("fastlm._lib").triton_missing
+    if missing is None:
+        importlib.import_module("triton")
+    return missing
 
 
 def loading(probe, *args) -> dict:
@@ -171,6 +171,8 @@ def advice(report: dict) -> str | None:
         return f"pip install {' '.join(absent)} && {INSTALL}" if absent else INSTALL
     if report["gpus"] and report["torch"]["cuda"] is None:
         return "install a PyTorch with CUDA (https://pytorch.org/get-started/locally)"
+    if report["gpus"] and not modules["triton"]["loaded"]:
+        return 'pip install "triton>=3.6"'
     if report["gpus"] and not modules["_C_cuda"]["loaded"]:
         return INSTALL if compilers["nvcc"] else f"install the CUDA toolkit (nvcc), then {INSTALL}"
     return None
@@ -199,7 +201,7 @@ def collect() -> dict:
             "_C": loading(with_torch, native, "_C"),
             "_C_cuda": loading(with_torch, native, "_C_cuda"),
             "_host": loading(guarded, host),
-            "triton": loading(guarded, triton),
+            "triton": loading(with_torch, triton),
         },
         "instruction_set": with_torch(lambda: importlib.import_module("fastlm._lib").instruction_set()),
         "auto": with_torch(auto_report),

@@ -142,6 +142,8 @@ def complete():
             {"_C": False, "no-such-tool": None},
             "pip install no-such-tool && pip install --no-build-isolation .",
         ),
+        ({"triton": False}, 'pip install "triton>=3.6"'),
+        ({"triton": False, "gpus": []}, None),
         ({"_C_cuda": False}, "pip install --no-build-isolation ."),
         ({"_C_cuda": False, "nvcc": None}, "install the CUDA toolkit"),
         ({"_C_cuda": False, "cuda": None}, "install a PyTorch with CUDA"),
@@ -158,6 +160,6 @@ def test_advice(change, advice, monkeypatch):
             report[key] = value
         for section in report.values():
             if isinstance(section, dict) and key in section:
-                section[key] = {"loaded": value} if key.startswith("_") else value
+                section[key] = {"loaded": value} if section is report["modules"] else value
     found = info.advice(report)
     assert found is None if advice is None else found.startswith(advice)
