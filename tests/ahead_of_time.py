@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastlm.triton import forget_mult, lstm
+from fastlm.triton import forget_mult, lstm, qrnn_pool
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -34,6 +34,7 @@ TARGETS = {
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
 LENGTHS = (70, 64, 1)  # all that Triton could specialise on; after the first nothing may compile
+SEED = torch.zeros((), dtype=torch.int64)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -112,6 +113,20 @@ def call_lstm(dtype: torch.dtype, T: int) -> None:
         lstm.lstm_bwd(None, state, None, projected, cells, state, w_hh, None, 0.0, False)
 
 
+def call_qrnn_pool(dtype: torch.dtype, T: int) -> None:
+    for B, H, pooling, masked in [
+        (20, 1150, "fo", True),
+        (60, 2500, "fo", False),
+        (1, 1550, "ifo", True),
+        (1, 399, "f", 0),
+    ]:
+        gates, h = floats(T, B, qrnn_pool.GATES[pooling] * H, dtype=dtype), floats(T, B, H, dtype=dtype)
+        seed, kept = SEED if masked else None, floats(-(-T // 8), B, H)
+        for reverse in (False, True):
+            qrnn_pool.qrnn_pool_fwd(gates, kept[0], seed, pooling, 0.1, reverse, True)
+            qrnn_pool.qrnn_pool_bwd(h, kept[0], gates, kept, seed, pooling, 0.1, reverse)
+
+
 class Calls(NamedTuple):
     """The launches of an operator for a dtype and T, and what a kernel may take: registers, bytes of shared memory."""
 
@@ -123,6 +138,7 @@ class Calls(NamedTuple):
 CALLS = {
     "forget_mult": Calls(call_forget_mult, registers=168),
     "lstm": Calls(call_lstm, registers=40),
+    "qrnn_pool": Calls(call_qrnn_pool, registers=255, shared=2048),
 }
 
 

@@ -1,5 +1,7 @@
 """QRNN pooling: values and gradients against float64, zoneout, splits, strides, compilers, errors."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,7 +62,8 @@ def test_values_and_gradients(dtype, shape, pooling):
         grads = torch.randn(shape).to(dtype), torch.randn(shape[1:]).to(dtype)
         options = {**options, "pooling": pooling, "reverse": reverse}
         theirs, exact = with_gradients(plain, tensors, grads, **options), exactly(tensors, grads, **options)
-        for impl in IMPLS:
+        size = max(tensors[0].numel(), 100 * shape[1])  # each row is a program of its own
+        for impl in (impl for impl in IMPLS if testing.quick(impl, size)):
             ours = with_gradients(qrnn_pool, tensors, grads, impl=impl, **options)
             for name, *results in zip(("h", "c_n", "dgates", "dc0"), ours, theirs, exact, strict=True):
                 testing.assert_accurate(f"{name} of {impl} with {options}", *results)
@@ -68,16 +71,37 @@ def test_values_and_gradients(dtype, shape, pooling):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (19, 2, 2500), (140, 60, 400)], ids=str)
 @pytest.mark.parametrize("pooling", GATES)
-def test_cuda_draws_the_mask_of_the_cpu(pooling):
-    tensors, grads = inputs((17, 2, 130), pooling), (torch.randn(17, 2, 130), torch.randn(2, 130))
-    options = {"pooling": pooling, "zoneout": 0.3, "training": True}
-    on_gpu, gpu_grads = [t.cuda() for t in tensors], [grad.cuda() for grad in grads]
-    ours = with_gradients(qrnn_pool, on_gpu, gpu_grads, seed=torch.tensor(2**40, device="cuda"), **options)
-    for name, *results in zip(
-        ("h", "c_n", "dgates", "dc0"), ours, exactly(tensors, grads, seed=torch.tensor(2**40), **options), strict=True
-    ):
-        testing.assert_close(name, results[0].cpu(), results[1], 3e-6)
+def test_cuda_values_and_gradients(dtype, shape, pooling):
+    for reverse, options in zip((False, True, len(pooling) > 1), ZONEOUT, strict=True):
+        tensors = inputs(shape, pooling, dtype, torch.float32 if reverse else dtype)
+        grads = torch.randn(shape).to(dtype), torch.randn(shape[1:]).to(tensors[1].dtype)
+        options = {**options, "pooling": pooling, "reverse": reverse}
+        theirs, exact = with_gradients(plain, tensors, grads, **options), exactly(tensors, grads, **options)
+        if "seed" in options:
+            options["seed"] = options["seed"].cuda()
+        for impl in testing.impls("qrnn_pool", "cuda"):
+            ours = with_gradients(
+                qrnn_pool, [t.cuda() for t in tensors], [g.cuda() for g in grads], impl=impl, **options
+            )
+            for name, *results in zip(("h", "c_n", "dgates", "dc0"), ours, theirs, exact, strict=True):
+                testing.assert_accurate(f"{name} of {impl} with {options}", results[0].cpu(), *results[1:])
+
+
+@pytest.mark.gpu
+def test_cuda_graph_draws_fresh_masks():
+    gates, c0 = (t.detach().cuda() for t in inputs((9, 3, 37)))
+    for impl in (impl for impl in testing.impls("qrnn_pool", "cuda") if impl != "reference"):
+        qrnn_pool(gates, c0, zoneout=0.5, training=True, impl=impl)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, _ = qrnn_pool(gates, c0, zoneout=0.5, training=True, impl=impl)
+        graph.replay()
+        first = out.clone()
+        graph.replay()
+        assert not torch.equal(first, out)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -126,6 +150,7 @@ def test_gradcheck(pooling):
         assert torch.autograd.gradcheck(lambda *t, o=options: qrnn_pool(*t, pooling=pooling, **o), tensors)
 
 
+@pytest.mark.parametrize("impl", ["auto", *(["triton"] if "triton" in IMPLS else [])])
 @settings(max_examples=40, deadline=None)
 @given(
     st.tuples(st.integers(0, 20), st.integers(0, 4), st.integers(0, 70)),
@@ -136,7 +161,7 @@ def test_gradcheck(pooling):
     st.sampled_from(testing.DTYPES),
     st.sampled_from(ZONEOUT),
 )
-def test_any_shape_and_stride(shape, pooling, order, layout, reverse, dtype, zoneout):
+def test_any_shape_and_stride(impl, shape, pooling, order, layout, reverse, dtype, zoneout):
     torch.manual_seed(sum(shape))
     gates, c0 = inputs(shape, pooling, dtype, torch.float32)
     grads = torch.randn(shape).to(dtype), torch.randn(shape[1:])
@@ -150,7 +175,7 @@ def test_any_shape_and_stride(shape, pooling, order, layout, reverse, dtype, zon
         gates = gates.detach().permute(order).contiguous().permute(inverse).requires_grad_()
     before = gates.clone(), c0.clone()
     options = {**zoneout, "pooling": pooling, "reverse": reverse}
-    outputs = qrnn_pool(gates, c0, **options)
+    outputs = qrnn_pool(gates, c0, impl=impl, **options)
     gradients = torch.autograd.grad(outputs, (gates, c0), grads, allow_unused=True, materialize_grads=True)
     wanted = exactly((gates, c0), grads, **options)
     tolerance = 3e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
@@ -189,14 +214,15 @@ def test_split_across_calls_equals_one_call(impl, pooling, reverse):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.999, 1.0])
 def test_zoneout_keeps_the_cell_where_the_mask_says(impl, p):
-    shape = (9, 3, 131)  # rows that start at each lane of a Philox block
-    for seed in map(torch.tensor, testing.SEEDS):
+    # rows that start at each lane of a Philox block, at every second one, at none
+    for hidden, seed in zip([131, 34, 132, 131, 34, 132], map(torch.tensor, testing.SEEDS), strict=True):
+        shape = (9, 2, hidden) if hidden == 34 else (3, 3, hidden)
         gates, c0 = inputs(shape, "f")
         c, _ = qrnn_pool(gates, c0, pooling="f", zoneout=p, training=True, seed=seed, impl=impl)
         kept = philox.keep_mask(shape, p, seed, philox.ZONEOUT)
         assert torch.equal(torch.cat([c0[None], c[:-1]]) != c, kept)
         c.sum().backward()
-        assert torch.equal(gates.grad[:, :, 131:] != 0, kept) and torch.equal(gates.grad[:, :, :131] != 0, kept)
+        assert torch.equal(gates.grad[:, :, hidden:] != 0, kept) and torch.equal(gates.grad[:, :, :hidden] != 0, kept)
 
 
 def test_zoneout_share_and_mean():
@@ -260,21 +286,26 @@ def test_saturated_gates_are_exact(impl):
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 def test_operators_are_well_registered():
     seed, forward, backward = torch.tensor(5), torch.ops.fastlm.qrnn_pool_fwd, torch.ops.fastlm.qrnn_pool_bwd
-    for shape, pooling, masked, reverse, keep in [
-        ((9, 3, 7), "fo", True, False, True),
-        ((9, 3, 7), "ifo", False, True, False),
-        ((0, 3, 7), "f", True, False, True),
-    ]:
+    overloads = ["default", *(["triton"] if "triton" in IMPLS else [])]
+    for overload, (shape, pooling, masked, reverse, keep) in itertools.product(
+        overloads,
+        [
+            ((9, 3, 7), "fo", True, False, True),
+            ((9, 3, 7), "ifo", False, True, False),
+            ((0, 3, 7), "f", True, False, 1),
+        ],
+    ):
         gates, c0 = inputs(shape, pooling)
         options = seed if masked else None, pooling, 0.5, reverse
-        torch.library.opcheck(forward.default, (gates, c0 if masked else None, *options, keep))
+        torch.library.opcheck(getattr(forward, overload), (gates, c0 if masked else None, *options, bool(keep)))
         h, c_n, kept = (t.detach() for t in forward(gates, c0, *options, True))
-        torch.library.opcheck(backward.default, (h, c_n if masked else None, gates, kept, *options))
+        torch.library.opcheck(getattr(backward, overload), (h, c_n if masked else None, gates, kept, *options))
 
 
-def test_compile_export_and_transforms():
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+def test_compile_export_and_transforms(impl):
     def loss(gates, c0, seed):
-        h, c_n = qrnn_pool(gates, c0, zoneout=0.3, training=True, seed=seed)
+        h, c_n = qrnn_pool(gates, c0, zoneout=0.3, training=True, seed=seed, impl=impl)
         return (h**2).sum() + c_n.sum()
 
     seed = torch.tensor(9)
@@ -287,7 +318,7 @@ def test_compile_export_and_transforms():
 
     class Module(torch.nn.Module):
         def forward(self, gates, c0):
-            return qrnn_pool(gates, c0, pooling="ifo")
+            return qrnn_pool(gates, c0, pooling="ifo", impl=impl)
 
     given = [t.detach() for t in inputs((5, 3, 37), "ifo")]
     actual, expected = torch.export.export(Module(), tuple(given)).module()(*given), Module()(*given)

@@ -38,7 +38,8 @@ _lib.define(
     "qrnn_pool_bwd(Tensor? dh, Tensor? dc_n, Tensor gates, Tensor kept, Tensor? seed, str pooling, float zoneout,"
     " bool reverse) -> (Tensor dgates, Tensor dc0)"
 )
-_lib.declare("qrnn_pool", kernels=("qrnn_pool_fwd", "qrnn_pool_bwd"))
+_KERNELS = ("qrnn_pool_fwd", "qrnn_pool_bwd")
+_lib.declare("qrnn_pool", kernels=_KERNELS, triton=_KERNELS)
 
 
 def _activate(gates, seed, pooling, zoneout):
@@ -125,14 +126,12 @@ _lib.fake(
     "qrnn_pool_bwd",
     lambda dh, dc_n, gates, kept, *_: (gates.new_empty(gates.shape), kept.new_empty(kept.shape[1:])),
 )
-_fwd = torch.ops.fastlm.qrnn_pool_fwd.default
-_bwd = torch.ops.fastlm.qrnn_pool_bwd.default
 
 
 class _QRNNPool(torch.autograd.Function):
     @staticmethod
-    def forward(gates, c0, seed, pooling, zoneout, reverse):
-        return _fwd(gates, c0, seed, pooling, zoneout, reverse, True)
+    def forward(gates, c0, seed, pooling, zoneout, reverse, impl):
+        return _lib.kernel("qrnn_pool_fwd", impl)(gates, c0, seed, pooling, zoneout, reverse, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -145,15 +144,15 @@ class _QRNNPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh, dc_n, _):
         dgates, dc0 = _Adjoint.apply(dh, dc_n, *ctx.saved_tensors, *ctx.options)
-        return dgates, None if ctx.c0_dtype is None else dc0.to(ctx.c0_dtype), None, None, None, None
+        return dgates, None if ctx.c0_dtype is None else dc0.to(ctx.c0_dtype), None, None, None, None, None
 
 
 class _Adjoint(torch.autograd.Function):
     # once_differentiable looks at the gradient alone: it would let second derivatives pass as zero without a word
 
     @staticmethod
-    def forward(dh, dc_n, gates, kept, seed, pooling, zoneout, reverse):
-        return _bwd(dh, dc_n, gates, kept, seed, pooling, zoneout, reverse)
+    def forward(dh, dc_n, gates, kept, seed, pooling, zoneout, reverse, impl):
+        return _lib.kernel("qrnn_pool_bwd", impl)(dh, dc_n, gates, kept, seed, pooling, zoneout, reverse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -187,7 +186,7 @@ def qrnn_pool(
         seed: int64 scalar tensor for the mask, on the device of `gates`; drawn from PyTorch's default generator when
             None and a mask is needed.
         reverse: run from T-1 down to 0.
-        impl: `"auto"`, `"reference"` or `"cpu"`.
+        impl: `"auto"`, `"reference"`, `"cpu"` or `"triton"`.
 
     Returns:
         h [T, B, H] in the dtype of `gates`, and c_n [B, H], the cell after the last step, in the dtype of `c0`, else of
@@ -213,8 +212,9 @@ def qrnn_pool(
     if masked and seed is None:
         seed = philox.draw_seed(gates.device)
     options = (seed if masked else None, pooling, zoneout, reverse)
-    if _lib.resolve("qrnn_pool", impl, gates) == "reference":
+    chosen = _lib.resolve("qrnn_pool", impl, gates)
+    if chosen == "reference":
         return reference(gates, c0, *options)
     if _checks.recorded(gates, c0):
-        return _QRNNPool.apply(gates, c0, *options)[:2]
-    return _fwd(gates, c0, *options, False)[:2]
+        return _QRNNPool.apply(gates, c0, *options, chosen)[:2]
+    return _lib.kernel("qrnn_pool_fwd", chosen)(gates, c0, *options, False)[:2]
