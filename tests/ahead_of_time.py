@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastlm.triton import forget_mult, lstm, qrnn_pool
+from fastlm.triton import dropconnect, forget_mult, lstm, qrnn_pool
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -127,6 +127,13 @@ def call_qrnn_pool(dtype: torch.dtype, T: int) -> None:
             qrnn_pool.qrnn_pool_bwd(h, kept[0], gates, kept, seed, pooling, 0.1, reverse)
 
 
+def call_dropconnect(dtype: torch.dtype, T: int) -> None:
+    for shape in [(4600, 1150), (301, 7)]:
+        dropconnect.dropconnect_fwd(floats(*shape, dtype=dtype), 0.5, SEED)
+    for stream in range(4):
+        dropconnect.dropconnect_mask(SEED, 33278, 0.1, stream)
+
+
 class Calls(NamedTuple):
     """The launches of an operator for a dtype and T, and what a kernel may take: registers, bytes of shared memory."""
 
@@ -136,6 +143,7 @@ class Calls(NamedTuple):
 
 
 CALLS = {
+    "dropconnect": Calls(call_dropconnect, registers=40, shared=1024),
     "forget_mult": Calls(call_forget_mult, registers=168),
     "lstm": Calls(call_lstm, registers=40),
     "qrnn_pool": Calls(call_qrnn_pool, registers=255, shared=2048),

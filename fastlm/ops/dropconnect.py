@@ -15,8 +15,9 @@ from fastlm.ops import _checks, philox
 
 _lib.define("dropconnect_fwd(Tensor weight, float p, Tensor seed) -> Tensor")
 _lib.define("dropconnect_mask(Tensor seed, SymInt count, float p, int stream) -> Tensor")
-_lib.declare("dropconnect", kernels=("dropconnect_fwd",))
-_lib.declare("dropconnect_mask", kernels=("dropconnect_mask",), dtypes=(torch.int64,))
+_lib.declare("dropconnect", kernels=("dropconnect_fwd",), triton=("dropconnect_fwd",))
+_MASK = ("dropconnect_mask",)
+_lib.declare("dropconnect_mask", kernels=_MASK, triton=_MASK, dtypes=(torch.int64,))
 
 
 def reference(weight: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
@@ -33,24 +34,21 @@ _lib.fake(
 )
 _lib.fake("dropconnect_mask", lambda seed, count, p, stream: seed.new_empty((count,), dtype=torch.bool))
 
-_fwd = torch.ops.fastlm.dropconnect_fwd.default
-_mask = torch.ops.fastlm.dropconnect_mask.default
-
 
 class _DropConnect(torch.autograd.Function):
     @staticmethod
-    def forward(weight, p, seed):
-        return _fwd(weight, p, seed)
+    def forward(weight, p, seed, impl):
+        return _lib.kernel("dropconnect_fwd", impl)(weight, p, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.p, seed = inputs
+        _, ctx.p, seed, ctx.impl = inputs
         ctx.save_for_backward(seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _fwd(grad, ctx.p, *ctx.saved_tensors), None, None
+        return _lib.kernel("dropconnect_fwd", ctx.impl)(grad, ctx.p, *ctx.saved_tensors), None, None, None
 
 
 def dropconnect(
@@ -62,7 +60,7 @@ def dropconnect(
         weight: any shape; float32, bfloat16, float16 or float64. Never modified.
         p: probability of dropping an element, in [0, 1].
         seed: int64 scalar tensor on the device of `weight`; drawn from PyTorch's default generator when None.
-        impl: `"auto"`, `"reference"`, `"cpu"` or `"cuda"`.
+        impl: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
 
     Returns:
         A new tensor like `weight`; differentiable once.
@@ -78,7 +76,7 @@ def dropconnect(
     _checks.seed(seed, weight)
     if chosen == "reference":
         return reference(weight, p, seed)
-    return _DropConnect.apply(weight, p, seed)
+    return _DropConnect.apply(weight, p, seed, chosen)
 
 
 def dropconnect_mask(
@@ -89,7 +87,7 @@ def dropconnect_mask(
     Args:
         shape: sizes of the masked tensor. p: probability of dropping, in [0, 1]. seed: int64 scalar tensor.
         stream: which of the independent masks of a seed: 0 weights, 1 zoneout, 2 locked dropout, 3 embedding rows.
-        impl: `"auto"`, `"reference"`, `"cpu"` or `"cuda"`.
+        impl: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
 
     Returns:
         A bool tensor of that shape on the device of `seed`.
@@ -103,6 +101,7 @@ def dropconnect_mask(
     if stream not in (philox.WEIGHT, philox.ZONEOUT, philox.LOCKED, philox.EMBEDDING):
         raise ValueError(f"stream must be 0, 1, 2 or 3, got {stream}")
     shape = torch.Size(shape)
-    if _lib.resolve("dropconnect_mask", impl, seed) == "reference":
+    chosen = _lib.resolve("dropconnect_mask", impl, seed)
+    if chosen == "reference":
         return philox.keep_mask(shape, p, seed, stream)
-    return _mask(seed, shape.numel(), p, stream).reshape(shape)
+    return _lib.kernel("dropconnect_mask", chosen)(seed, shape.numel(), p, stream).reshape(shape)
