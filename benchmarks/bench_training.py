@@ -102,6 +102,7 @@ def work(device, *, recipe, dtype, averaging=False, settings=None, V=10_000, T=7
         # every weight but the embedding's goes through three products, and so does that one as the decoder's
         flops=6.0 * T * B * sum(p.numel() for p in model.parameters() if p.dim() == 2),
         profiled=True,
+        ahead=False,
     )
 
 

@@ -29,7 +29,7 @@ class Target:
 
     Attributes:
         against: the competitor. ratio: its time over ours, at least. memory: our extra memory over its, at most.
-        ms: our time, at most. share: of the measured ceiling, at least.
+        ms: our time, at most. share: of the measured ceiling, at least. mb: our extra memory, at most.
     """
 
     against: str = ""
@@ -37,6 +37,7 @@ class Target:
     memory: float | None = None
     ms: float | None = None
     share: float | None = None
+    mb: float | None = None
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Work:
         flops, bytes: the least that the work needs: products, and trips of its inputs and outputs through memory.
         missing: competitors that are not installed, with the reason.
         profiled: whether the results say where its time goes.
+        ahead: whether a GPU is timed with the host ahead; else, as for a whole step, the host's part counts too.
     """
 
     inputs: Callable[[], Sequence[Any]]
@@ -87,6 +89,7 @@ class Work:
     bytes: float = 0.0
     missing: dict[str, str] = field(default_factory=dict)
     profiled: bool = False
+    ahead: bool = True
 
     def add(self, name: str, make: Callable[[], Contender]) -> None:
         """Add a competitor, or note why it is not there."""
@@ -116,6 +119,10 @@ class Case:
     targets: dict[str, tuple[Target, ...]] = field(default_factory=dict)
     sweep: tuple[str, str, int] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def rank(self, device: str) -> int:
+        """How early it comes where time is short: the lines with a target, the other ones, what only makes a plot."""
+        return 0 if self.targets.get(device) else 2 if self.sweep else 1
 
     def __str__(self) -> str:  # of letters, digits and dashes, for pytest's -k
         return "-".join("".join(c if c.isalnum() else " " for c in f"{self.op} {self.title}").lower().split())

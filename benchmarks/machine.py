@@ -1,6 +1,7 @@
 """The machine and the software that figures belong to; never the name of a host."""
 
 import datetime
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -41,6 +42,25 @@ def machine_name(device: str) -> str:
     return slug(torch.cuda.get_device_name() if device == "cuda" else f"{processor()} {cores()} cores")
 
 
+def version(package: str) -> str | None:
+    """The installed version of a package, which is not imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Driver, clocks, power and temperature as they are now; None without nvidia-smi."""
+    names = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu"]
+    try:
+        query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(names, done.stdout.partition("\n")[0].split(", "), strict=False))
+
+
 def describe(device: str) -> dict[str, Any]:
     """What a reader must know to repeat a figure."""
     return {
@@ -52,6 +72,8 @@ def describe(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device == "cuda" else None,
+        "gpu_state": gpu_state() if device == "cuda" else None,
+        "triton": version("triton"),
         "fastlm": __version__,
         "commit": commit(),
         "native": {name: reason or "loaded" for name, reason in _lib.status.items()},

@@ -3,7 +3,10 @@
 A round gives every contender one turn, so that whatever slows the machine for a while slows all of them. A turn starts
 from a trimmed heap and one call that is not timed (a contender follows itself, as in a training loop), then one timed
 call. Contenders called slow have no untimed one. A case whose own result is wrong is not timed; a competitor that is
-wrong or fails is left out and named.
+wrong or fails is left out and named, and so is another implementation of ours, which counts as a failure.
+
+On a GPU a time is what passes between two events while the host is ahead: a sleeping kernel keeps the GPU busy until
+the work is queued, as earlier work does within a model. What the queueing took stands beside it (`host_ms`).
 """
 
 import contextlib
@@ -28,6 +31,10 @@ class Effort:
 
 
 EFFORTS = {"tiny": Effort(0.05, (2, 3)), "quick": Effort(3.0, (3, 11)), "full": Effort(20.0, (5, 40))}
+ON_GPU = Effort(1.5, (5, 40))  # a device that does nothing else repeats itself
+GPU_LOST = 70  # the exit status of a process that can run no more on its GPU
+CYCLES = 2_000_000  # a millisecond of the sleeping kernel, at 2 GHz
+MOST_AHEAD = 20.0  # milliseconds
 
 
 @dataclass
@@ -36,10 +43,12 @@ class Entry:
 
     contender: Contender
     ms: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)  # milliseconds until the work was queued on a GPU
     extra: list[int] = field(default_factory=list)
     kept: int | None = None
     error: tuple[float, float] = (0.0, 0.0)
     seconds: float = 0.0  # of a turn
+    queued: float = 0.0  # milliseconds of the last call that was not timed, until it returned
 
 
 def statistic(values: Sequence[float]) -> tuple[float, float, float]:
@@ -55,19 +64,30 @@ def statistic(values: Sequence[float]) -> tuple[float, float, float]:
     return at(0.5), at(0.2), at(0.8)
 
 
-def timed(device: str, run: Callable[[], Any]) -> tuple[Any, float]:
-    """The result of a call and its milliseconds; on a GPU those between two events on the stream."""
+def timed(device: str, run: Callable[[], Any], ahead: float = 0.0) -> tuple[Any, float, float]:
+    """A call and its time.
+
+    Args:
+        device: "cpu" or "cuda". run: the call. ahead: milliseconds that the host gets to queue it on a GPU.
+
+    Returns:
+        The result, its milliseconds (on a GPU those between two events on the stream), and those that the call itself
+        took, which on a GPU only queues the work.
+    """
     if device == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(int(ahead * CYCLES))
         first.record()
-        result = run()
-        last.record()
-        torch.cuda.synchronize()
-        return result, first.elapsed_time(last)
     start = time.perf_counter_ns()
     result = run()
-    return result, (time.perf_counter_ns() - start) / 1e6
+    host = (time.perf_counter_ns() - start) / 1e6
+    if device == "cpu":
+        return result, host, host
+    last.record()
+    torch.cuda.synchronize()
+    return result, first.elapsed_time(last), host
 
 
 def input_sets(device: str, work: Work) -> list[Sequence[Any]]:
@@ -95,6 +115,7 @@ class Runner:
         self.sets = input_sets(device, self.work)
         self.entries = [Entry(contender) for contender in self.work.contenders]
         self.left_out: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
         self._calls = 0
 
     def check(self) -> None:
@@ -106,7 +127,7 @@ class Runner:
         references: dict[Any, Any] = {}
         for entry in list(self.entries):
             contender = entry.contender
-            mine = contender.name.startswith("fastlm")
+            mine = entry is self.entries[0]
             trim(self.device)
             before = held(self.device)
             start = time.perf_counter()
@@ -129,13 +150,20 @@ class Runner:
                 self._leave_out(entry, f"fails: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}")
 
     def _leave_out(self, entry: Entry, reason: str) -> None:
+        name = entry.contender.name
         self.entries.remove(entry)
-        self.left_out[entry.contender.name] = reason
+        self.left_out[name] = reason
+        if name.startswith("fastlm"):
+            self.failures[f"{self.case.op}: {self.case.title}: {name}"] = reason
+
+    def _slow(self, entry: Entry) -> bool:
+        """A GPU has no calls of seconds, and the first one after `trim` waits for memory."""
+        return entry.contender.slow and self.device == "cpu"
 
     def warm(self) -> int:
         """Run each contender once more, unless it is slow; returns how many rounds there is time for."""
         for entry in self.entries:
-            if not entry.contender.slow:
+            if not self._slow(entry):
                 start = time.perf_counter()
                 self._untimed(entry)
                 entry.seconds = 2 * (time.perf_counter() - start)
@@ -148,8 +176,15 @@ class Runner:
 
     def _untimed(self, entry: Entry) -> None:
         inputs = self._inputs()
+
+        def run():
+            start = time.perf_counter()
+            result = entry.contender.run(*inputs)
+            entry.queued = 1e3 * (time.perf_counter() - start)
+            return result
+
         with threads(entry.contender.threads):
-            _, extra = peak(self.device, lambda: entry.contender.run(*inputs), _tensors(inputs))
+            _, extra = peak(self.device, run, _tensors(inputs))
         self._note(entry, extra)
 
     def _note(self, entry: Entry, extra: int | None) -> None:
@@ -163,20 +198,23 @@ class Runner:
 
     def before(self, entry: Entry) -> None:
         """What comes before the timed call of a turn."""
-        if not entry.contender.slow:
+        if not self._slow(entry):
             self._untimed(entry)
 
     def time(self, entry: Entry) -> None:
         """The timed call of a turn; of a slow contender its memory too, since it has no other call."""
         inputs = self._inputs()
+        ahead = min(MOST_AHEAD, 0.2 + entry.queued) if self.work.ahead else 0.0
 
         def run():
-            result, ms = timed(self.device, lambda: entry.contender.run(*inputs))
+            result, ms, host = timed(self.device, lambda: entry.contender.run(*inputs), ahead)
             entry.ms.append(ms / entry.contender.share)
+            if self.device == "cuda":
+                entry.host.append(host / entry.contender.share)
             return result
 
         with threads(entry.contender.threads):
-            if entry.contender.slow:
+            if self._slow(entry):
                 self._note(entry, peak(self.device, run, _tensors(inputs))[1])
             else:
                 run()

@@ -89,9 +89,9 @@ def facts(found: dict[str, Any]) -> list[str]:
     where = found["gpu"] or f"{found['processor']}, {found['cores']} cores, {found['threads']} threads"
     lines = [
         f"Measured on {where}, PyTorch {found['torch']}, instruction set {found['instruction_set']}, fastlm "
-        f"{found['fastlm']} at {found['commit']}, {found['date'][:10]}; a {found['size']} run. Times are medians, in "
-        "brackets the 20th and 80th percentile; MB is the peak of memory beyond inputs and outputs; * was measured on "
-        "a part of the work and scaled.",
+        f"{found['fastlm']} at {found['commit'] or 'no known commit'}, {found['date'][:10]}; a {found['size']} run. "
+        "Times are medians, in brackets the 20th and 80th percentile; MB is the peak of memory beyond inputs and "
+        "outputs; * was measured on a part of the work and scaled.",
         f"Ceilings of the same run: copy {tops['copy']:.1f} GB/s, GEMM {tops['fp32']:,.0f} GFLOP/s in fp32 and "
         f"{tops['bf16']:,.0f} in bf16. The share of a ceiling is that of the least bytes or products the work needs.",
     ]
@@ -102,7 +102,32 @@ def facts(found: dict[str, Any]) -> list[str]:
         missing |= {f"Not timed: {name} ({case['op']}): {why}." for name, why in case["left_out"].items()}
     notes = {note for note in notes if not note.startswith("fastlm")}
     failed = [f"FAILED: {name}: {why}" for name, why in found["failures"].items()]
-    return [*lines, *sorted(notes), *sorted(missing), *failed, *profiles(found)]
+    late = [f"Not measured, for want of time: {name}." for name in found.get("not_measured", ())]
+    return [*lines, *on_gpu(found), *sorted(notes), *sorted(missing), *failed, *late, *profiles(found)]
+
+
+def on_gpu(found: dict[str, Any]) -> list[str]:
+    """How times on a GPU are to be read, what "auto" took, and where the host sets the pace."""
+    if found["device"] != "cuda":
+        return []
+    taken: dict[str, list[str]] = {}
+    slow = []
+    for case in found["cases"]:
+        ours, title = case["contenders"][0], f"{case['op']}: {case['title']}"
+        impl = ours["note"].removeprefix("impl ").partition(",")[0]
+        if ours["note"].startswith("impl ") and impl not in taken.setdefault(case["op"], []):
+            taken[case["op"]].append(impl)
+        slow += [
+            f"The host takes longer than the GPU: {title}: {x['name']} {x['host_ms']:.3g} ms."
+            for x in case["contenders"]
+            if not case["sweep"] and x["name"].startswith("fastlm") and x["host_ms"] > x["ms"]
+        ]
+    return [
+        "A time is that of the GPU with the work queued ahead, but for whole training steps, which include the host; "
+        "products in fp32 are without TF32 unless a name says so.",
+        *(f"auto took for {op}: {' and '.join(impls)}." for op, impls in taken.items()),
+        *slow,
+    ]
 
 
 def profiles(found: dict[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ def contender(entry: Entry) -> dict[str, Any]:
         "ms": median,
         "p20": p20,
         "p80": p80,
+        "host_ms": statistics.median(entry.host) if entry.host else None,
         "rounds": len(entry.ms),
         "threads": entry.contender.threads,
         "share_of_work": entry.contender.share,
@@ -71,5 +72,8 @@ def judge(case: dict[str, Any], target: dict[str, Any], share: float | None) -> 
         parts.append((f"<= {target['ms']:,g} ms", ours["ms"] <= target["ms"]))
     if target["share"] is not None:
         parts.append((f">= {target['share']:.0%} of ceiling", None if share is None else share >= target["share"]))
+    if target.get("mb") is not None:
+        known = ours["extra_bytes"] is not None
+        parts.append((f"<= {target['mb']:,g} MB", ours["extra_bytes"] <= 1e6 * target["mb"] if known else None))
     answers = [answer for _, answer in parts]
     return ", ".join(text for text, _ in parts), (None if None in answers else all(answers))

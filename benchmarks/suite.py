@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from compare import check_same, compare, lines, read_old
 from machine import describe
+from measure import GPU_LOST
 from plots import draw
 from report import as_markdown, as_text
 
@@ -21,6 +23,8 @@ from fastlm.errors import FastlmError
 from fastlm.training.checkpoint import write_file
 
 FOLDER = Path(__file__).resolve().parent
+OUT_OF_TIME = 124
+AFTER_THE_LAST = 15  # seconds that the case under way at the end of --seconds may take longer
 BENCHMARKS = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
 
 
@@ -44,7 +48,7 @@ def run(args: Namespace) -> tuple[int, dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # better to fail now than after all the work
 
-    found = _measure(ops, device, "tiny" if args.tiny else "quick" if args.quick else "full")
+    found = _measure(ops, device, "tiny" if args.tiny else "quick" if args.quick else "full", args.seconds)
     print(as_text(found))
     verdict = None if old is None else compare(old, found)
     if verdict is not None:
@@ -72,26 +76,46 @@ def _device(name: str) -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _measure(ops: list[str], device: str, size: str) -> dict[str, Any]:
-    """Run pytest; what it and the cases say goes to stderr."""
+def _measure(ops: list[str], device: str, size: str, seconds: float | None = None) -> dict[str, Any]:
+    """Run pytest; what it and the cases say goes to stderr. A case that ends the process costs no other one."""
+    end = None if seconds is None else time.monotonic() + seconds
     files = [str(FOLDER / f"bench_{op}.py") for op in ops]
     with tempfile.TemporaryDirectory(prefix="fastlm-bench-") as folder:
         results = Path(folder) / "results.json"
         command = [sys.executable, "-m", "pytest", *files, "-s", "-q", "--no-header", "--tb=short", "-W", "ignore"]
         command += ["-c", str(FOLDER.parent / "pyproject.toml"), "-p", "no:cacheprovider", "--benchmark-quiet"]
         command += ["--size", size, "--device", device, "--results", str(results)]
-        # Its own temporary files go with this folder, however it ends.
-        status = subprocess.run(
-            command,
-            cwd=FOLDER.parent,
-            stdout=sys.stderr,
-            env={**os.environ, "TMPDIR": folder, "KINETO_LOG_LEVEL": "99"},
-        ).returncode
-        if status < 0:
-            raise FastlmError(f"the benchmarks died of {signal.Signals(-status).name}, after the last line above")
-        if not results.exists():
-            raise FastlmError(f"no case was measured on {device} (pytest's status {status})")
-        return json.loads(results.read_text())
+        while True:
+            left = None if end is None else max(1.0, end - time.monotonic())
+            limits = [] if left is None else ["--seconds", str(left)]
+            status = _pytest([*command, *limits], folder, None if left is None else left + AFTER_THE_LAST)
+            if not results.exists():
+                raise FastlmError(f"no case was measured on {device} (pytest's status {status})")
+            found = json.loads(results.read_text())
+            running = found.pop("running", None)
+            if running is not None:
+                found["failures"][running] = f"the process ended: {_name(status)}"
+                results.write_text(json.dumps(found))
+            if status >= 0 and status != GPU_LOST:
+                return found
+            if status < 0 and running is None:
+                raise FastlmError(f"the benchmarks died of {_name(status)}, after the last line above")
+
+
+def _pytest(command: list[str], folder: str, limit: float | None) -> int:
+    """The exit status; its own temporary files go with the folder, however it ends."""
+    environment = {**os.environ, "TMPDIR": folder, "KINETO_LOG_LEVEL": "99"}
+    try:
+        done = subprocess.run(command, cwd=FOLDER.parent, stdout=sys.stderr, env=environment, timeout=limit)
+        return done.returncode
+    except subprocess.TimeoutExpired:
+        return OUT_OF_TIME
+
+
+def _name(status: int) -> str:
+    if status == OUT_OF_TIME:
+        return "given up, the time being over"
+    return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
 def _write(found: dict[str, Any], out: Path, name: str) -> list[Path]:

@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes = bench.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="the cases that have a target and their like, few rounds")
     sizes.add_argument("--tiny", action="store_true", help="shapes of no use but to see that everything runs")
+    bench.add_argument("--seconds", type=_number(0, 1e6), help="stop in that time; the most telling cases come first")
     bench.add_argument("--compare", metavar="OLD.json", help="status 1 if anything is slower than in that run")
     bench.add_argument("--out", metavar="DIR", help="where the results go; default: benchmarks/results")
 

@@ -363,7 +363,7 @@ def command(capsys, *arguments):
 
 
 def test_compare_decides_the_status(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(suite, "_measure", lambda ops, device, size: a_run(a_case(figures(100.0))))
+    monkeypatch.setattr(suite, "_measure", lambda *_: a_run(a_case(figures(100.0))))
     old = tmp_path / "old.json"
     for ms, status in ((50.0, 1), (100.0, 0), (200.0, 0)):
         old.write_text(json.dumps(a_run(a_case(figures(ms)))))
