@@ -2,6 +2,9 @@
 #   make demo      train two small models on a corpus that needs no download, tune the cache, print one table
 #   make test      every test
 #   make bench     time everything beside its competitors; ARGS="--quick" for the lines with a target alone
+#   make gpu       on a machine with a GPU, within nine minutes and without a network: build with the packages that are
+#                  there, run every test marked gpu, then the benchmarks; ONLY="test" or ONLY="qrnn_pool lstm" runs a
+#                  part, OUT=... is another folder for the results, ARGS="--device cpu" tries it out without a GPU
 #   make sanitize  the tests of the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make lint      formatting and the rules that a grep can check
 #   make clean     remove all that the other targets made
@@ -14,6 +17,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+ONLY ?=
+OUT ?=
 
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.24" ninja pybind11
 BIN := $(abspath $(VENV))/bin
@@ -24,7 +29,7 @@ STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/torch-$(subst /,_,$(TORCH))
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test bench sanitize lint clean
+.PHONY: demo test bench gpu sanitize lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/fastlm
@@ -35,6 +40,9 @@ test: $(STAMPS)/fastlm
 
 bench: $(STAMPS)/bench
 	$(BIN)/fastlm bench $(ARGS)
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --only "$(ONLY)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 sanitize: $(STAMPS)/fastlm
 	$(IN_VENV) python tests/sanitize/run.py $(ARGS)
