@@ -59,6 +59,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    """End a process whose GPU takes no more work: each later test would fail for the one that broke it."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:  # another worker comes in its place
+            os._exit(1)
+        pytest.exit(f"the GPU is lost to this process after {nodeid}: {error}", 1)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random numbers for every test, whatever ran before."""

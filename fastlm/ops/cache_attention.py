@@ -175,8 +175,8 @@ def cache_attention(
     result = function(hidden, next_ids.long(), memory_hidden, memory_ids, start, thetas, ascending)
     if windows == ascending:
         return result
-    order = torch.tensor([ascending.index(x) for x in windows], device=hidden.device)
-    return result[0][order], result[1][order]
+    # not by a tensor of indices, which the host would wait to copy to a GPU
+    return tuple(torch.stack([x[ascending.index(window)] for window in windows]) for x in result)
 
 
 def _several(name, value) -> list:
