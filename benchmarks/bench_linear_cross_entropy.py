@@ -117,7 +117,9 @@ CASES = [
     case("fp32", 2800, 33_278, targets=NEARLY),
     case("fp32", 1400, 33_278, evaluate=True),
     case("bf16", 5600, 33_278, devices=("cuda",), targets={"cuda": (Target(ms=1.1),)}),
-    case("bf16", 8400, 267_735, devices=("cuda",), targets={"cuda": (Target(ms=12.0),)}),
+    case("bf16", 8400, 267_735, devices=("cuda",), targets={"cuda": (Target(ms=12.0, mb=2000.0),)}),
+    case("fp32", 5600, 33_278, devices=("cuda",), rivals=("torch",)),
+    case("bf16", 8400, 267_735, devices=("cuda",), evaluate=True),
     case("fp32", 7, 30, 5, rivals=("torch",), size="tiny"),
     case("fp32", 7, 30, 5, evaluate=True, rivals=("torch",), size="tiny"),
 ]

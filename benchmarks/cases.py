@@ -76,6 +76,7 @@ class Work:
         exact: results in float64. plain: results of plain PyTorch in the dtype of the inputs. names: of the results.
         flops, bytes: the least that the work needs: products, and trips of its inputs and outputs through memory.
         missing: competitors that are not installed, with the reason.
+        products: the dtype whose rate of products is the ceiling, where it is not that of the inputs.
         profiled: whether the results say where its time goes.
         ahead: whether a GPU is timed with the host ahead; else, as for a whole step, the host's part counts too.
     """
@@ -88,6 +89,7 @@ class Work:
     flops: float = 0.0
     bytes: float = 0.0
     missing: dict[str, str] = field(default_factory=dict)
+    products: str = ""
     profiled: bool = False
     ahead: bool = True
 
@@ -203,14 +205,18 @@ def in_double(function: Callable[..., Tensors]) -> Callable[..., Tensors]:
 
 
 def ours(op: str, device: str, dtype: torch.dtype, make: Callable[[str], Contender]) -> list[Contender]:
-    """A contender for what "auto" takes, called "fastlm", then one for each other implementation that is there."""
+    """A contender for what "auto" takes, called "fastlm", then one for each other implementation that is there.
+
+    Of Triton's interpreter, which serves a CPU for tests alone, a time would say nothing.
+    """
     first = make("auto")
     chosen = ops.which(op, torch.empty(0, dtype=dtype, device=device))
     first.note = ", ".join(filter(None, [f"impl {chosen}", first.note]))
     first.name = "fastlm"
     others = []
+    passed_over = {"auto", "reference", chosen} | ({"triton"} if device == "cpu" else set())
     for impl in testing.impls(op, device):
-        if impl not in ("auto", "reference", chosen) and dtype in _lib.ops[op].dtypes:
+        if impl not in passed_over and dtype in _lib.ops[op].dtypes:
             contender = make(impl)
             contender.name = f"fastlm {impl}"
             others.append(contender)

@@ -14,6 +14,7 @@ def record(runner: Runner) -> dict[str, Any]:
         "op": case.op,
         "title": case.title,
         "dtype": case.dtype,
+        "products": work.products or case.dtype,
         "flops": work.flops,
         "bytes": work.bytes,
         "input_sets": len(runner.sets),
@@ -52,7 +53,7 @@ def ceiling(case: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any] 
         that counts neither products nor bytes.
     """
     ms = case["contenders"][0]["ms"]
-    floor, limit = floor_ms(ceilings, case["dtype"], case["flops"], case["bytes"])
+    floor, limit = floor_ms(ceilings, case.get("products", case["dtype"]), case["flops"], case["bytes"])
     amount, unit = (case["bytes"], "GB/s") if limit == "copy" else (case["flops"], "GFLOP/s")
     return {"share": floor / ms, "limit": limit, "rate": amount / ms / 1e6, "unit": unit} if floor else None
 
