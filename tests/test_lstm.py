@@ -20,7 +20,7 @@ SHAPES = [
     (9, 2, 1, 3),
     (2, 1, 17, 33),
     (4, 23, 9, 70),
-    (3, 2, 5, 150),
+    (2, 2, 5, 130),
     (0, 3, 4, 5),
     (4, 0, 3, 2),
     (3, 2, 0, 4),
@@ -50,10 +50,13 @@ def masked(args, p=0.4):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(impl, shape, bias, reverse):
+    if not testing.quick(impl, shape[0] * shape[1] * shape[3]):
+        pytest.skip("the interpreter is slow")
     args = arguments(shape, torch.float32, bias=bias)
     exact = [a.detach().double().requires_grad_() for a in args]
-    expected = reference(*masked(exact), reverse=reverse)
-    actual = lstm(*args, weight_dropout=0.4, seed=SEED, reverse=reverse, impl=impl)
+    p = 0.4 if testing.quick(impl, args[4].numel() // 10) else 0.0
+    expected = reference(*masked(exact, p), reverse=reverse)
+    actual = lstm(*args, weight_dropout=p, seed=SEED, reverse=reverse, impl=impl)
     weights = [torch.randn_like(y) for y in expected]
     for name, a, e in zip("yhc", actual, expected, strict=True):
         testing.assert_close(name, a, e, 2e-6)

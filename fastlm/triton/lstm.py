@@ -91,7 +91,7 @@ def _backward_step(
 
 
 def _masked(w_hh, dtype, seed, p):
-    w = w_hh if seed is None else torch.ops.fastlm.dropconnect_fwd.default(w_hh, p, seed)
+    w = w_hh if seed is None else torch.ops.fastlm.dropconnect_fwd.triton(w_hh, p, seed)
     return w.to(dtype)
 
 
