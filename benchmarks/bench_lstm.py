@@ -130,11 +130,11 @@ def in_tf32(function):
     """The function with the setting that `conftest.py` takes back."""
 
     def run(*inputs):
-        torch.backends.cudnn.allow_tf32 = True
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
         try:
             return function(*inputs)
         finally:
-            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = before
 
     return run
 
