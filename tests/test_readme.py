@@ -32,11 +32,12 @@ def test_table_of_operators():
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", README, re.MULTILINE)
     assert {name for name, _ in rows} == set(_lib.ops) == set(ops.__all__) - {"which"}
     for name, cells in rows:
-        reference, cpu, cuda, aten = (cell == "yes" for cell in cells.split(" | "))
+        reference, cpu, triton, cuda, aten = (cell == "yes" for cell in cells.split(" | "))
         stem = name.removesuffix("_mask")
         assert reference
         assert cpu is (ROOT / "csrc" / f"{stem}.cpp").exists(), name
         assert cuda is (ROOT / "csrc" / f"{stem}.cu").exists(), name
+        assert triton is bool(_lib.ops[name].triton), name
         assert aten is ("aten" in _lib.ops[name].extra), name
 
 
