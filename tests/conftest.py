@@ -19,6 +19,7 @@ from fastlm import _lib
 # The same examples at every run: a failure belongs to a change, not to the luck of the draw.
 settings.register_profile("fastlm", derandomize=True, deadline=None)
 settings.load_profile("fastlm")
+torch.backends.cudnn.allow_tf32 = False  # else cuDNN's LSTM has the errors of TF32 where float32 is asked for
 
 PACKAGE_ROOT = Path(_lib.__file__).resolve().parents[1]  # of the fastlm under test, in the tree or installed
 

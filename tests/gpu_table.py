@@ -1,20 +1,24 @@
 """One case or two of every operator, on any device: what `tests/test_gpu.py` runs through all that a GPU can do.
 
 A case has inputs for a length T, a call of the operator, and the same in plain PyTorch. Masks come from a seed among
-the inputs, or from a fresh one where `drawn` is set.
+the inputs; without it the operator draws one.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlm import ops, testing
+from fastlm import _lib, ops, testing
 from fastlm.ops import philox
 
 Inputs = dict[str, torch.Tensor]
 DROP = 0.4
+SIZES = {"cpu": (5, 9), "cuda": (37, 150)}  # T and the width; the interpreter is slow
+OURS = ("auto", "triton", "cuda", "aten")
+KERNELS = ("triton", "cuda")
 
 
 class Case(NamedTuple):
@@ -230,3 +234,37 @@ def pattern(case: Case, found: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Where the results that show the mask are zero."""
     names = [f"gradient of {name}" if name else "result 0" for name in case.masked]
     return [(found[name] == 0).cpu() for name in names]
+
+
+def runs(*devices: str, named: tuple[str, ...] = ("auto", "triton", "cpu", "cuda", "aten", "reference"), where=None):
+    """Parameters (device, case, impl): all that a device has of the implementations named."""
+    found = []
+    for device in devices:
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        for case in filter(where, CASES):
+            impls = [impl for impl in testing.impls(case.op, device) if impl in named]
+            found += [pytest.param(device, case, i, marks=marks, id=f"{device}-{case}-{i}") for i in impls]
+    return pytest.mark.parametrize(("device", "case", "impl"), found)
+
+
+def dtypes(case, device):
+    """Those that the operator declares, as its inputs; in the interpreter two."""
+    declared = _lib.ops[case.op].dtypes
+    if not declared[0].is_floating_point:
+        return (torch.float32,)
+    return declared if device == "cuda" else declared[:2]
+
+
+def drawn(case, device, dtype=torch.float32, T=None):
+    """Inputs and gradients of the size for the device."""
+    steps, width = SIZES[device.partition(":")[0]]
+    T = steps if T is None else T
+    return draw(case, T, width, dtype, device), weights(case, T, width, device)
+
+
+def near(ours, expected):
+    """Equal but for the order in which a library may add."""
+    assert ours.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert ours[name].dtype == wanted.dtype, name
+        testing.assert_close(str(name), ours[name], wanted.double(), 1e-5)
