@@ -198,7 +198,7 @@ CASES += [
         size="quick",
         devices=("cpu",),
     ),
-    layer("fp32", title="1150 -> 1150, B=20 T=70 fp32, compiled", more=("others", "compile")),
+    layer("fp32", title="1150 -> 1150, B=20 T=70 fp32, compiled", more=("others", "compile"), slow=True),
 ]
 CASES += [
     layer(d, title=f"sweep over {axis}: {value}, {d}", sweep=(f"lstm {d}", axis, value), more=("others",), **sizes)

@@ -70,7 +70,13 @@ CASES = [
     case("bf16", False, targets=ON_GPU),
     # so small that latency counts, not bandwidth
     *(case(d, way, 70, 20, 1550, size="quick", devices=("cuda",)) for d in ("fp32", "bf16") for way in (False, True)),
-    case("fp32", True, title="(140,60,2500) fp32, forward + backward, compiled", compile_too=("cpu", "cuda")),
+    case(
+        "fp32",
+        True,
+        title="(140,60,2500) fp32, forward + backward, compiled",
+        compile_too=("cpu", "cuda"),
+        slow=True,
+    ),
     case("fp32", True, 3, 2, 5, size="tiny"),
 ]
 SWEEPS = [("H", H, dict(H=H)) for H in (320, 640, 1150, 1550, 2500)]

@@ -111,6 +111,7 @@ class Case:
         size: of the smallest run that has it: "tiny" (nothing but a test of the suite), "quick" or "full".
         targets: by device.
         sweep: series, axis and value, of which the plots are made. devices: where it runs.
+        slow: it takes minutes to prepare.
     """
 
     op: str
@@ -121,10 +122,11 @@ class Case:
     targets: dict[str, tuple[Target, ...]] = field(default_factory=dict)
     sweep: tuple[str, str, int] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    slow: bool = False
 
     def rank(self, device: str) -> int:
         """How early it comes where time is short: the lines with a target, the other ones, what only makes a plot."""
-        return 0 if self.targets.get(device) else 2 if self.sweep else 1
+        return 3 if self.slow else 0 if self.targets.get(device) else 2 if self.sweep else 1
 
     def __str__(self) -> str:  # of letters, digits and dashes, for pytest's -k
         return "-".join("".join(c if c.isalnum() else " " for c in f"{self.op} {self.title}").lower().split())

@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("build", "test", "bench")
-LIMITS = {"build": 150.0, "test": 250.0}  # seconds; the benchmarks have what is left
+MODULES = ("_C", "_C_cuda", "_host")
+LIMITS = {"build": 150.0, "test": 240.0}  # seconds; the benchmarks have what is left
 SECONDS = 525.0  # of all parts, for the whole to end within nine minutes
 TO_WRITE = 30.0  # seconds that the benchmarks get after their last case began, for table, plots and files
 WORKERS = 4  # processes of tests that share the GPU: most of their time goes to compilers on the CPU
@@ -38,12 +39,18 @@ NO_TESTS = 5  # pytest's status where an operator has no test of the kind
 
 
 class Part(NamedTuple):
-    """A part of the run: its name, what it runs in turn, for how many seconds at most, and what may be its status."""
+    """A part of the run.
+
+    Attributes:
+        name: of the part. commands: what it runs in turn. limit: its seconds. right: what may be its status.
+        log: the file that its output goes to, of which the end is shown where it fails.
+    """
 
     name: str
     commands: list[list[str]]
     limit: float
     right: tuple[int, ...] = (0,)
+    log: Path | None = None
 
 
 def operators() -> list[str]:
@@ -71,7 +78,7 @@ def choose(only: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def build() -> list[list[str]]:
-    install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
+    install = ["-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
     return [[sys.executable, *install], [sys.executable, __file__, "--built"]]
 
 
@@ -81,7 +88,18 @@ def test(ops: Sequence[str], device: str) -> list[list[str]]:
     if device == "cuda":
         own = [ROOT / "tests" / f"test_{op}.py" for op in ops]
         files = [*files, *(str(path) for path in own if path.exists())] if ops else [str(ROOT / "tests")]
-    command = [sys.executable, "-m", "pytest", *files, "-q", "--durations=8", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *files,
+        "-q",
+        "-rfE",
+        "--tb=short",
+        "--durations=8",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["-m", "gpu" if device == "cuda" else "not gpu", *(["-k", " or ".join(ops)] if ops else [])]
     if device == "cuda" and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(WORKERS)]
@@ -110,12 +128,17 @@ def environment(name: str) -> dict[str, str]:
 
 def run(part: Part) -> tuple[str | None, float]:
     """Run a part in processes that end with it; returns what went wrong, or None, and its seconds."""
-    start, wrong = time.monotonic(), None
+    start, wrong, into = time.monotonic(), None, None
     print(f"\n==> {part.name}, at most {part.limit:.0f} s", flush=True)
+    if part.log is not None:
+        part.log.parent.mkdir(exist_ok=True)
+        into = part.log.open("w")
     for command in part.commands:
         print("+", *command, flush=True)
         # A group of its own, so that what it has started ends with it.
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(part.name), start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(part.name), start_new_session=True, stdout=into, stderr=into
+        )
         try:
             left = max(0.1, part.limit - (time.monotonic() - start))
             status = process.wait(left)
@@ -126,6 +149,10 @@ def run(part: Part) -> tuple[str | None, float]:
             end(process)
         if wrong:
             break
+    if into is not None:
+        into.close()
+        lines = part.log.read_text(errors="replace").splitlines()
+        print(*lines[-60 if wrong else -len(MODULES) :], sep="\n", flush=True)
     return wrong, time.monotonic() - start
 
 
@@ -164,7 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
             commands = build() if name == "build" else test(ops, options.device)
             left = min(left, LIMITS[name])
         right = (0, NO_TESTS) if name == "test" and ops else (0,)
-        wrong, seconds = run(Part(name, commands, left, right)) if left > 0 else ("no time left", 0.0)
+        log = ROOT / "build" / "gpu.log" if name == "build" else None  # of compilers, which say much
+        wrong, seconds = run(Part(name, commands, left, right, log)) if left > 0 else ("no time left", 0.0)
         failed |= wrong is not None
         lines.append(f"{name:6} {seconds:5.0f} s  {wrong or 'ok'}")
     print("", *lines, f"whole  {time.monotonic() - begin:5.0f} s", sep="\n", flush=True)
@@ -190,7 +218,7 @@ def has_gpu() -> bool:
 def built() -> int:
     """Print what was built; 1 if a module is not there although its compiler is."""
     done = subprocess.run([sys.executable, "-m", "fastlm.info", "--json"], capture_output=True, text=True, check=True)
-    modules = json.loads(done.stdout)["modules"]
+    modules = {name: json.loads(done.stdout)["modules"][name] for name in MODULES}
     wanted = {"_C"} if any(map(shutil.which, ("c++", "g++", "clang++"))) else set()
     if shutil.which("nvcc") and os.environ.get("FASTLM_CUDA") != "0":
         wanted.add("_C_cuda")

@@ -93,13 +93,16 @@ def _measure(ops: list[str], device: str, size: str, seconds: float | None = Non
                 raise FastlmError(f"no case was measured on {device} (pytest's status {status})")
             found = json.loads(results.read_text())
             running = found.pop("running", None)
+            if status == OUT_OF_TIME:
+                found["not_measured"] += [running] if running else []
+                return found
             if running is not None:
                 found["failures"][running] = f"the process ended: {_name(status)}"
                 results.write_text(json.dumps(found))
-            if status >= 0 and status != GPU_LOST:
-                return found
-            if status < 0 and running is None:
+            elif status < 0:
                 raise FastlmError(f"the benchmarks died of {_name(status)}, after the last line above")
+            if 0 <= status != GPU_LOST:
+                return found
 
 
 def _pytest(command: list[str], folder: str, limit: float | None) -> int:
@@ -113,8 +116,6 @@ def _pytest(command: list[str], folder: str, limit: float | None) -> int:
 
 
 def _name(status: int) -> str:
-    if status == OUT_OF_TIME:
-        return "given up, the time being over"
     return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 

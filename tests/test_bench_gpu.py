@@ -201,9 +201,9 @@ def test_the_report_of_a_gpu():
 def test_the_most_telling_cases_come_first():
     goal = {"cuda": (cases.Target(ms=1.0),)}
     ranks = [cases.Case("lstm", "x", None, **options).rank("cuda") for options in (
-        dict(targets=goal), dict(targets={"cpu": goal["cuda"]}), dict(sweep=("lstm", "H", 3)),
+        dict(targets=goal), dict(targets={"cpu": goal["cuda"]}), dict(sweep=("lstm", "H", 3)), dict(slow=True),
     )]  # fmt: skip
-    assert ranks == [0, 1, 2]
+    assert ranks == [0, 1, 2, 3]
 
 
 def run_pytest(path, *options):
@@ -258,4 +258,12 @@ def test_a_case_that_ends_its_process_costs_no_other(monkeypatch):
 
 def test_a_case_that_hangs_is_given_up(monkeypatch, tmp_path):
     assert suite._pytest([sys.executable, "-c", "import time; time.sleep(60)"], str(tmp_path), 1.0) == suite.OUT_OF_TIME
-    assert suite._name(suite.OUT_OF_TIME) == "given up, the time being over"
+
+    def hangs(command, folder, limit):
+        begun = {"cases": ["done"], "failures": {}, "not_measured": [], "running": "lstm: hangs"}
+        Path(command[command.index("--results") + 1]).write_text(json.dumps(begun))
+        return suite.OUT_OF_TIME
+
+    monkeypatch.setattr(suite, "_pytest", hangs)
+    found = suite._measure(["lstm"], "cuda", "quick", 1.0)
+    assert found == {"cases": ["done"], "failures": {}, "not_measured": ["lstm: hangs"]}

@@ -76,6 +76,16 @@ def test_parts_that_fail_stop_no_other(monkeypatch, capfd):
     assert any(line.startswith("measured 2") for line in lines), "the benchmarks have what is left"
 
 
+def test_the_log_of_a_build_shows_its_end_where_it_fails(tmp_path, capfd):
+    log = tmp_path / "build" / "gpu.log"
+    code = "print(*range(500), sep='\\n'); raise SystemExit({})"
+    for status in (0, 3):
+        wrong, _ = gpu.run(gpu.Part("build", [python(code.format(status))], 60.0, log=log))
+        shown = capfd.readouterr().out.splitlines()[3:]
+        assert shown[-1] == "499" and len(shown) == (60 if status else 3) and bool(wrong) == bool(status)
+    assert log.read_text().startswith("0\n1\n")
+
+
 def test_no_part_begins_after_the_time(monkeypatch, capfd):
     monkeypatch.setattr(gpu, "build", lambda: [python("import time; time.sleep(60)")])
     assert gpu.main(["--device", "cpu", "--seconds", "1", "--only", "build bench"]) == 1
@@ -83,7 +93,8 @@ def test_no_part_begins_after_the_time(monkeypatch, capfd):
 
 
 def test_what_is_not_built_although_it_could_be(monkeypatch, capsys):
-    modules = {"_C": {"loaded": True, "reason": None}, "_C_cuda": {"loaded": False, "reason": "not built"}}
+    modules = {name: {"loaded": True, "reason": None} for name in ("_C", "_host")}
+    modules["_C_cuda"] = {"loaded": False, "reason": "not built"}
     report = subprocess.CompletedProcess([], 0, json.dumps({"modules": modules}))
     monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: report)
     for there, skipped, status in (("nvcc", "1", 1), ("nvcc", "0", 0), ("none", "1", 0)):
