@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastlm.triton import dropconnect, forget_mult, lstm, qrnn_pool
+from fastlm.triton import dropconnect, embedding_dropout, forget_mult, locked_dropout, lstm, qrnn_pool
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -134,6 +134,18 @@ def call_dropconnect(dtype: torch.dtype, T: int) -> None:
         dropconnect.dropconnect_mask(SEED, 33278, 0.1, stream)
 
 
+def call_locked_dropout(dtype: torch.dtype, T: int) -> None:
+    for B, H in [(20, 1150), (60, 2500), (3, 399)]:
+        locked_dropout.locked_dropout_fwd(floats(T, B, H, dtype=dtype), 0.4, SEED)
+
+
+def call_embedding_dropout(dtype: torch.dtype, T: int) -> None:
+    for V, E in [(10000, 400), (267735, 1150), (33278, 301)]:
+        ids = torch.zeros(T, 20, dtype=torch.int64)
+        embedding_dropout.embedding_dropout_fwd(floats(V, E, dtype=dtype), ids, 0.1, SEED)
+        embedding_dropout.embedding_dropout_bwd(floats(T, 20, E, dtype=dtype), ids, 10, 0.1, SEED, -1)
+
+
 class Calls(NamedTuple):
     """The launches of an operator for a dtype and T, and what a kernel may take: registers, bytes of shared memory."""
 
@@ -144,8 +156,10 @@ class Calls(NamedTuple):
 
 CALLS = {
     "dropconnect": Calls(call_dropconnect, registers=40, shared=1024),
+    "embedding_dropout": Calls(call_embedding_dropout, registers=32),
     "forget_mult": Calls(call_forget_mult, registers=168),
     "lstm": Calls(call_lstm, registers=40),
+    "locked_dropout": Calls(call_locked_dropout, registers=96, shared=2048),
     "qrnn_pool": Calls(call_qrnn_pool, registers=255, shared=2048),
 }
 

@@ -17,8 +17,10 @@ PUBLIC_OPS = {
     "cache_distribution",
     "dropconnect",
     "dropconnect_mask",
+    "embedding_dropout",
     "forget_mult",
     "linear_cross_entropy",
+    "locked_dropout",
     "lstm",
     "qrnn_pool",
 }

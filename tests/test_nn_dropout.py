@@ -72,6 +72,51 @@ def test_settings_of_the_embedding_stay():
     assert dropout(torch.tensor([], dtype=torch.int64)).shape == (0, 3)
 
 
+def with_a_hook(embedding):
+    embedding.register_forward_hook(lambda module, args, out: 2 * out)
+    return embedding
+
+
+class Doubled(torch.nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+def doubled_weight(embedding):
+    class Double(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(embedding, "weight", Double())
+    return embedding
+
+
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        torch.nn.Embedding(50, 7, max_norm=0.5),
+        torch.nn.Embedding(50, 7, sparse=True),
+        torch.nn.Embedding(50, 7, scale_grad_by_freq=True),
+        with_a_hook(torch.nn.Embedding(50, 7)),
+        Doubled(50, 7),
+        doubled_weight(torch.nn.Embedding(50, 7)),
+    ],
+    ids=["max_norm", "sparse", "scale_grad_by_freq", "hook", "subclass", "parametrized"],
+)
+def test_what_else_an_embedding_does_stays(embedding):
+    ids, dropout = torch.randint(50, (9, 11)), nn.EmbeddingDropout(embedding, 0.4)
+    torch.manual_seed(1)
+    y = dropout(ids)
+    (gradient,) = torch.autograd.grad(y.sum(), list(embedding.parameters()))
+    torch.manual_seed(1)
+    mask = dropconnect_mask((50,), 0.4, philox.draw_seed("cpu"), stream=philox.EMBEDDING)
+    expected = embedding(ids) * (mask / 0.6)[ids].unsqueeze(-1)
+    (wanted,) = torch.autograd.grad(expected.sum(), list(embedding.parameters()))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradient.to_dense(), wanted.to_dense())
+    assert gradient.is_sparse == embedding.sparse
+
+
 def test_compile_and_copies():
     modules = torch.nn.Sequential(nn.EmbeddingDropout(torch.nn.Embedding(9, 4), 0.3), nn.LockedDropout(0.3))
     ids = torch.randint(9, (5, 3))

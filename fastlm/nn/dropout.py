@@ -16,12 +16,6 @@ from fastlm import ops
 from fastlm.ops import _checks, philox
 
 
-def _multiplier(shape, p: float, stream: int, like: Tensor) -> Tensor:
-    """A fresh mask scaled by 1 / (1 - p), in the dtype and on the device of `like`."""
-    mask = ops.dropconnect_mask(shape, p, philox.draw_seed(like.device), stream=stream)
-    return mask.to(like.dtype) * philox.scale(p)
-
-
 class LockedDropout(torch.nn.Module):
     """Dropout with one mask `[1, B, H]` for all steps of `[T, B, H]`, fresh at each call.
 
@@ -39,11 +33,7 @@ class LockedDropout(torch.nn.Module):
         return f"p={self.p}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p:
-            return x
-        if x.dim() != 3:
-            raise ValueError(f"x must have shape [T, B, H], got {list(x.shape)}")
-        return x * _multiplier((1, *x.shape[1:]), self.p, philox.LOCKED, x)
+        return ops.locked_dropout(x, self.p) if self.training and self.p else x
 
 
 class EmbeddingDropout(torch.nn.Module):
@@ -71,12 +61,27 @@ class EmbeddingDropout(torch.nn.Module):
         Raises:
             ValueError: ids outside the vocabulary (a device assertion on a GPU).
         """
-        _checks.within("ids", ids, 0, self.embedding.num_embeddings, "the vocabulary")
-        rows = self.embedding(ids)
-        if not self.training or not self.p:
+        embedding, dropping = self.embedding, self.training and self.p > 0
+        if dropping and _only_looks_up(embedding):
+            return ops.embedding_dropout(embedding.weight, ids, self.p, padding_idx=embedding.padding_idx)
+        _checks.within("ids", ids, 0, embedding.num_embeddings, "the vocabulary")
+        rows = embedding(ids)
+        if not dropping:
             return rows
-        mask = _multiplier((self.embedding.num_embeddings,), self.p, philox.EMBEDDING, rows)
-        return rows * mask[ids].unsqueeze(-1)
+        seed = philox.draw_seed(rows.device)
+        mask = ops.dropconnect_mask((embedding.num_embeddings,), self.p, seed, stream=philox.EMBEDDING)
+        return rows * (mask.to(rows.dtype) * philox.scale(self.p))[ids].unsqueeze(-1)
+
+
+def _only_looks_up(embedding: torch.nn.Embedding) -> bool:
+    """Whether a call is a lookup with a dense gradient and nothing else: no setting, subclass or hook adds to it."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return (
+        type(embedding) is torch.nn.Embedding
+        and embedding.max_norm is None
+        and not (embedding.sparse or embedding.scale_grad_by_freq)
+        and not any(getattr(embedding, name) for name in hooks)
+    )
 
 
 class WeightDrop(torch.nn.Module):

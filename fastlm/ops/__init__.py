@@ -4,8 +4,10 @@ from fastlm import _lib
 from fastlm.ops.cache_attention import cache_attention
 from fastlm.ops.cache_distribution import cache_distribution
 from fastlm.ops.dropconnect import dropconnect, dropconnect_mask
+from fastlm.ops.embedding_dropout import embedding_dropout
 from fastlm.ops.forget_mult import forget_mult
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.locked_dropout import locked_dropout
 from fastlm.ops.lstm import lstm
 from fastlm.ops.qrnn_pool import qrnn_pool
 
@@ -14,8 +16,10 @@ __all__ = [
     "cache_distribution",
     "dropconnect",
     "dropconnect_mask",
+    "embedding_dropout",
     "forget_mult",
     "linear_cross_entropy",
+    "locked_dropout",
     "lstm",
     "qrnn_pool",
     "which",

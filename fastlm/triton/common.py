@@ -47,21 +47,30 @@ def philox_block(seed, block, stream: tl.constexpr):
 
 
 @triton.jit
+def philox_lane(seed, element, stream: tl.constexpr):
+    """The lane of each of any int64 elements."""
+    r0, r1, r2, r3 = philox_block(seed, element >> 2, stream)
+    odd = (element & 1) == 1
+    return tl.where((element & 2) == 0, tl.where(odd, r1, r0), tl.where(odd, r3, r2))
+
+
+@triton.jit
 def philox_keep(seed, first, least, stream: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr):
     """The mask of the elements first .. first + COUNT - 1; `first` is a multiple of RUN, which is 1, 2 or 4.
 
-    A block of the generator serves RUN elements, so its cost goes with 1 / RUN.
+    A block of the generator serves RUN elements, so its cost goes with 1 / RUN. A column of several `first` gives a
+    row of the mask for each.
     """
     element = first + tl.arange(0, COUNT // RUN) * RUN
-    r0, r1, r2, r3 = philox_block(seed, element >> 2, stream)
-    if RUN == 4:
-        lane = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
-    elif RUN == 2:
-        front = (element & 2) == 0
-        lane = tl.interleave(tl.where(front, r0, r2), tl.where(front, r1, r3))
+    if RUN == 1:
+        lane = philox_lane(seed, element, stream)
     else:
-        odd = (element & 1) == 1
-        lane = tl.where((element & 2) == 0, tl.where(odd, r1, r0), tl.where(odd, r3, r2))
+        r0, r1, r2, r3 = philox_block(seed, element >> 2, stream)
+        if RUN == 4:
+            lane = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
+        else:
+            front = (element & 2) == 0
+            lane = tl.interleave(tl.where(front, r0, r2), tl.where(front, r1, r3))
     return lane.to(tl.int64) >= least
 
 
