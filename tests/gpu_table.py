@@ -99,6 +99,11 @@ def lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, seed):
     return torch.stack(out), h, c
 
 
+def embedding_dropout(weight, ids, seed):
+    keep = philox.keep_mask(weight.shape[:1], DROP, seed, philox.EMBEDDING)
+    return F.embedding(ids, weight) * keep[ids].unsqueeze(-1) / (1 - DROP)
+
+
 def rows_inputs(T, H):
     weight = torch.randn(3 * H + 1, H) * H**-0.5
     return dict(x=torch.randn(T, H), weight=weight, bias=torch.randn(3 * H + 1), target=torch.randint(3 * H, (T,)))
@@ -171,6 +176,24 @@ CASES = [
         lambda seed, count, impl: ops.dropconnect_mask(count.shape, DROP, seed, impl=impl),
         lambda seed, count: philox.keep_mask(count.shape, DROP, seed, philox.WEIGHT),
         masked=("",),
+    ),
+    Case(
+        "locked_dropout",
+        lambda T, H: dict(x=torch.randn(T, 3, H), seed=seed()),
+        lambda x, seed=None, impl="auto": ops.locked_dropout(x, DROP, seed, impl=impl),
+        lambda x, seed: x * philox.keep_mask(x.shape[1:], DROP, seed, philox.LOCKED) / (1 - DROP),
+        ("x",),
+        masked=("", "x"),
+        random=True,
+    ),
+    Case(
+        "embedding_dropout",
+        lambda T, H: dict(weight=torch.randn(2 * H + 1, H), ids=torch.randint(2 * H + 1, (T, 3)), seed=seed()),
+        lambda weight, ids, seed=None, impl="auto": ops.embedding_dropout(weight, ids, DROP, seed, impl=impl),
+        embedding_dropout,
+        ("weight",),
+        masked=("", "weight"),
+        random=True,
     ),
     linear_cross_entropy("mean"),
     linear_cross_entropy("none"),
