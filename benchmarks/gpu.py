@@ -88,19 +88,9 @@ def test(ops: Sequence[str], device: str) -> list[list[str]]:
     if device == "cuda":
         own = [ROOT / "tests" / f"test_{op}.py" for op in ops]
         files = [*files, *(str(path) for path in own if path.exists())] if ops else [str(ROOT / "tests")]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *files,
-        "-q",
-        "-rfE",
-        "--tb=short",
-        "--durations=8",
-        "-p",
-        "no:cacheprovider",
-    ]
-    command += ["-m", "gpu" if device == "cuda" else "not gpu", *(["-k", " or ".join(ops)] if ops else [])]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-rfE", "--tb=short", "--durations=8"]
+    command += ["-p", "no:cacheprovider", "-m", "gpu" if device == "cuda" else "not gpu"]
+    command += ["-k", " or ".join(ops)] if ops else []
     if device == "cuda" and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(WORKERS)]
     return [command]
