@@ -64,9 +64,10 @@ def test_cuda_values_and_gradients(dtype, shape):
         exact = with_gradients(reference, [t if t is None else t.double() for t in tensors], grad, reverse=reverse)
         theirs = with_gradients(plain, tensors, grad, reverse=reverse)
         on_gpu = [t if t is None else t.cuda() for t in tensors]
-        ours = with_gradients(forget_mult, on_gpu, grad.cuda(), reverse=reverse, impl="cuda")
-        for name, *results in zip(("h", "df", "dx", "dh0"), ours, theirs, exact, strict=False):
-            testing.assert_accurate(name, results[0].cpu(), *results[1:])
+        for impl in testing.impls("forget_mult", "cuda"):
+            ours = with_gradients(forget_mult, on_gpu, grad.cuda(), reverse=reverse, impl=impl)
+            for name, *results in zip(("h", "df", "dx", "dh0"), ours, theirs, exact, strict=False):
+                testing.assert_accurate(f"{name} of {impl}", results[0].cpu(), *results[1:])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
