@@ -4,15 +4,10 @@ What a CPU can run goes through the table there too, in Triton's interpreter whe
 table is known to be right before a GPU sees it. What a GPU alone has is in `test_gpu_streams.py`.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-sys.path.append(str(Path(__file__).parent))
-
 from gpu_table import (
     CASES,
     KERNELS,
@@ -27,6 +22,7 @@ from gpu_table import (
     runs,
     several,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import _lib, ops, testing
 from fastlm.ops import philox

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))
-
 from gpu_table import (
     KERNELS,
     OURS,
