@@ -186,10 +186,10 @@ def test_any_shape_and_stride(impl, shape, pooling, order, layout, reverse, dtyp
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_expanded_gradients_and_each_output_alone(impl):
-    tensors, options = inputs((19, 3, 37)), {"zoneout": 0.2, "training": True, "seed": torch.tensor(3), "impl": impl}
+    tensors, options = inputs((11, 2, 37)), {"zoneout": 0.2, "training": True, "seed": torch.tensor(3), "impl": impl}
     one, zero = torch.ones(()), torch.zeros(())
     for use, grads in [((0,), (one, zero)), ((1,), (zero, one)), ((0, 1), (one, one))]:
-        grads = grads[0].expand(19, 3, 37).clone(), grads[1].expand(3, 37).clone()
+        grads = grads[0].expand(11, 2, 37).clone(), grads[1].expand(2, 37).clone()
         expected = with_gradients(qrnn_pool, tensors, grads, **options)[2:]
         outputs = qrnn_pool(*tensors, **options)
         actual = torch.autograd.grad(sum(outputs[i].sum() for i in use), tensors)

@@ -2,9 +2,9 @@
 
 The loads of a chunk come before their use, and all that is no recurrence is done to tiles [channels, EVERY]; a tile
 is split into its steps, in registers, for the recurrence alone. A thread has as many channels as a block of the mask
-generator serves, if the row's length allows: 4, backward 2, because 4 would not stay in registers with what is
-recomputed. A warp a program leaves few lanes idle at the end of a row (1150 channels are 18 programs of 64) and
-no processor idle (20 rows of them are 360 programs).
+generator serves, if the row's length allows: 4, backward 2, for "ifo" 1, because more would not stay in registers with
+what is recomputed. A warp a program leaves few lanes idle at the end of a row (1150 channels are 18 programs of 64)
+and no processor idle (20 rows of them are 360 programs).
 
 What is in flight decides the speed: 4.8 TB/s times 0.6 us of latency is 2.9 MB. 8 steps of three float32 gates are 96
 bytes a channel, enough from 30,000 channels on; backward, with a gradient, 128 bytes, enough from 23,000 on.
@@ -18,6 +18,7 @@ from fastlm.triton.common import cdiv, launch, philox_keep, run_length, sigmoid,
 
 EVERY = tl.constexpr(8)  # steps of a chunk, from one kept state to the next; fastlm/ops/qrnn_pool.py has the same
 ZONEOUT = tl.constexpr(1)  # stream of the mask generator
+SIZES = ["T", "B", "RUNS", "ROW", "origin", "stride", "least"]  # none is worth a compilation
 GATES = {"f": 2, "fo": 3, "ifo": 4}
 
 
@@ -42,12 +43,12 @@ def _join(x):
     return tl.join(a, b).reshape(a0.shape[0], EVERY)
 
 
-@triton.jit(do_not_specialize=["T", "B", "origin", "stride", "least"])
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
-    gates, c0, seed, h, c_n, kept, T, B: tl.int64, RUNS: tl.int64, origin: tl.int64, stride: tl.int64, least: tl.int64,
-    scale, GATES: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    gates, c0, seed, h, c_n, kept, T, B: tl.int64, RUNS: tl.int64, ROW: tl.int64, origin: tl.int64, stride: tl.int64,
+    least: tl.int64, scale, GATES: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    H = RUNS * RUN  # so that the compiler knows RUN elements to be aligned
+    H, row_length = RUNS * RUN, ROW * RUN  # all rows, of h and of gates, are known to be aligned to RUN
     b, first = tl.program_id(0) // tl.cdiv(H, BLOCK), tl.program_id(0) % tl.cdiv(H, BLOCK) * BLOCK
     j = first + tl.arange(0, BLOCK)
     c = tl.zeros([BLOCK], tl.float32)
@@ -56,7 +57,7 @@ def _forward(
     for step in range(0, T, EVERY):
         t = step + tl.arange(0, EVERY)
         row, there = origin + b + t * stride, (j < H)[:, None] & (t < T)[None, :]
-        at = gates + (row * GATES * H)[None, :] + j[:, None]
+        at = gates + (row * row_length)[None, :] + j[:, None]
         z = tl.load(at, mask=there, other=0.0)
         f = tl.load(at + H, mask=there, other=float("-inf"))  # after the last step nothing is written to c
         if GATES > 2:
@@ -65,7 +66,9 @@ def _forward(
             i = tl.load(at + 3 * H, mask=there, other=float("-inf"))
         if kept is not None:
             tl.store(kept + (step // EVERY * B + b) * H + j, c, mask=j < H)
-        z, f = tanh(z.to(tl.float32)), sigmoid(f.to(tl.float32)) * scale
+        z, f = tanh(z.to(tl.float32)), sigmoid(f.to(tl.float32))
+        if scale is not None:
+            f *= scale
         if seed is not None:
             keep = philox_keep(tl.load(seed), (row * H + first)[:, None], least, ZONEOUT, BLOCK, RUN)
             f = tl.where(tl.trans(keep), f, 0.0)
@@ -82,12 +85,12 @@ def _forward(
     tl.store(c_n + b * H + j, c.to(c_n.dtype.element_ty), mask=j < H)
 
 
-@triton.jit(do_not_specialize=["T", "B", "origin", "stride", "least"])
+@triton.jit(do_not_specialize=SIZES)
 def _backward(
-    dh, dc_n, gates, kept, seed, dgates, dc0, T, B: tl.int64, RUNS: tl.int64, origin: tl.int64, stride: tl.int64,
-    least: tl.int64, scale, GATES: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    dh, dc_n, gates, kept, seed, dgates, dc0, T, B: tl.int64, RUNS: tl.int64, ROW: tl.int64, origin: tl.int64,
+    stride: tl.int64, least: tl.int64, scale, GATES: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    H = RUNS * RUN
+    H, row_length = RUNS * RUN, ROW * RUN
     b, first = tl.program_id(0) // tl.cdiv(H, BLOCK), tl.program_id(0) % tl.cdiv(H, BLOCK) * BLOCK
     j = first + tl.arange(0, BLOCK)
     r = tl.zeros([BLOCK], tl.float32)
@@ -97,7 +100,7 @@ def _backward(
         step = (T - 1) // EVERY * EVERY - back
         t = step + tl.arange(0, EVERY)
         row, there = origin + b + t * stride, (j < H)[:, None] & (t < T)[None, :]
-        at = (row * GATES * H)[None, :] + j[:, None]
+        at = (row * row_length)[None, :] + j[:, None]
         z = tl.load(gates + at, mask=there, other=0.0)
         f = tl.load(gates + at + H, mask=there, other=float("-inf"))
         if GATES > 2:
@@ -112,7 +115,9 @@ def _backward(
         if seed is not None:  # 0 for a masked gate is right in all that follows
             keep = philox_keep(tl.load(seed), (row * H + first)[:, None], least, ZONEOUT, BLOCK, RUN)
             f = tl.where(tl.trans(keep), f, 0.0)
-        write = f * scale
+        write = f
+        if scale is not None:
+            write *= scale
         if GATES > 3:
             i = sigmoid(i.to(tl.float32))
         values, writes, before, after = _split(z * i if GATES > 3 else z), _split(write), (), ()
@@ -141,20 +146,15 @@ def _backward(
     tl.store(dc0 + b * H + j, r, mask=j < H)
 
 
-def _launch(kernel, tensors, gates, seed, pooling, zoneout, reverse, lanes):
-    """Run a kernel on all channels, at most `lanes` of them a thread."""
+def _plan(gates, seed, pooling, zoneout, reverse, lanes):
+    """Programs, sizes and constants of a launch, with at most `lanes` channels a thread."""
     steps, batch, width = gates.shape
     hidden = width // GATES[pooling]
     run = min(run_length(hidden), lanes)
-    block = 32 * max(run, 2)
     rows = ((steps - 1) * batch, -batch) if reverse else (0, batch)  # of the first step, and from one to the next
-    factors = threshold(zoneout), 1.0 - zoneout if seed is None else 1.0
-    launch(
-        kernel,
-        batch * cdiv(hidden, block),
-        *(*tensors, steps, batch, hidden // run, *rows, *factors),
-        **dict(GATES=GATES[pooling], RUN=run, BLOCK=block, num_warps=1, fp_fusion=True),
-    )
+    factors = threshold(zoneout), 1.0 - zoneout if seed is None and zoneout > 0.0 else None
+    constants = dict(GATES=GATES[pooling], RUN=run, BLOCK=32 * run, num_warps=1, fp_fusion=True)
+    return batch * cdiv(hidden, 32 * run), (steps, batch, hidden // run, width // run, *rows, *factors), constants
 
 
 def qrnn_pool_fwd(gates, c0, seed, pooling, zoneout, reverse, keep):
@@ -163,14 +163,15 @@ def qrnn_pool_fwd(gates, c0, seed, pooling, zoneout, reverse, keep):
     hidden = width // GATES[pooling]
     h, c_n = gates.new_empty(steps, batch, hidden), (gates if c0 is None else c0).new_empty(batch, hidden)
     kept = gates.new_empty(cdiv(steps, EVERY.value) if keep else 0, batch, hidden, dtype=torch.float32)
-    tensors = (gates, c0, seed, h, c_n, kept if keep else None)
-    _launch(_forward, tensors, gates, seed, pooling, zoneout, reverse, lanes=4)
+    programs, sizes, constants = _plan(gates, seed, pooling, zoneout, reverse, lanes=4)
+    launch(_forward, programs, gates, c0, seed, h, c_n, kept if keep else None, *sizes, **constants)
     return h, c_n, kept
 
 
 def qrnn_pool_bwd(dh, dc_n, gates, kept, seed, pooling, zoneout, reverse):
     dh, dc_n, gates, kept = (None if t is None else t.contiguous() for t in (dh, dc_n, gates, kept))
     dgates, dc0 = torch.empty_like(gates), kept.new_empty(kept.shape[1:])
-    tensors = (dh, dc_n, gates, kept, seed, dgates, dc0)
-    _launch(_backward, tensors, gates, seed, pooling, zoneout, reverse, lanes=2)
+    lanes = 1 if pooling == "ifo" else 2
+    programs, sizes, constants = _plan(gates, seed, pooling, zoneout, reverse, lanes)
+    launch(_backward, programs, dh, dc_n, gates, kept, seed, dgates, dc0, *sizes, **constants)
     return dgates, dc0
