@@ -31,8 +31,8 @@ def pytest_report_header(config):
     return f"fastlm: {modules}; CPU kernels: {_lib.instruction_set()}; Triton: {triton}; CUDA: {cuda}"
 
 
-def _round_as_a_gpu_does():
-    """The interpreter cuts float32 off to bfloat16; every GPU rounds to the nearest, halves to even."""
+def _calculate_as_a_gpu_does():
+    """The interpreter cuts float32 off to bfloat16, where GPUs round, and multiplies the bits of bfloat16 matrices."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -45,11 +45,18 @@ def _round_as_a_gpu_does():
         return interpreter.TensorHandle(rounded, tl.bfloat16)
 
     builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
     builder.cast_impl = builder.create_fp_trunc = cast_impl
+    builder.create_dot = create_dot
 
 
 if _lib.interpreting and _lib.triton_missing is None:
-    _round_as_a_gpu_does()
+    _calculate_as_a_gpu_does()
 
 
 def pytest_collection_modifyitems(items):
