@@ -26,7 +26,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastlm.triton import dropconnect, embedding_dropout, forget_mult, locked_dropout, lstm, qrnn_pool
+from fastlm.triton import (
+    cache_attention,
+    cache_distribution,
+    dropconnect,
+    embedding_dropout,
+    forget_mult,
+    locked_dropout,
+    lstm,
+    qrnn_pool,
+)
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -147,6 +156,14 @@ def call_embedding_dropout(dtype: torch.dtype, T: int) -> None:
         embedding_dropout.embedding_dropout_bwd(floats(T, 20, E, dtype=dtype), ids, 10, 0.1, SEED, -1)
 
 
+def call_cache_attention(dtype: torch.dtype, T: int) -> None:
+    for D, theta, window in ((400, [0.5], [3785]), (1150, [0.5] * 8, [500 * j for j in range(1, 9)])):
+        ids = torch.zeros(T, dtype=torch.long)
+        hidden, past = floats(T, D, dtype=dtype), floats(T + 9, D, dtype=dtype)
+        cache_attention.cache_attention(hidden, ids, None, None, None, theta, window)
+        cache_attention.cache_attention(hidden, ids, past, torch.zeros(T + 9, dtype=torch.long), ids, theta, window)
+
+
 class Calls(NamedTuple):
     """The launches of an operator for a dtype and T, and what a kernel may take: registers, bytes of shared memory."""
 
@@ -156,6 +173,7 @@ class Calls(NamedTuple):
 
 
 CALLS = {
+    "cache_attention": Calls(call_cache_attention, registers=255, shared=100 * 1024),
     "dropconnect": Calls(call_dropconnect, registers=40, shared=1024),
     "embedding_dropout": Calls(call_embedding_dropout, registers=32),
     "forget_mult": Calls(call_forget_mult, registers=168),

@@ -13,6 +13,7 @@ from fastlm.ops import cache_attention
 module = importlib.import_module("fastlm.ops.cache_attention")  # the name in the package is the function
 pytestmark = pytest.mark.usefixtures("poisoned")
 IMPLS = [*testing.impls("cache_attention"), "fallback"]
+GPU, LARGE, WIDE = "cuda", (20_000, 400), (torch.float32, torch.float64)
 THETAS = [0.0, 0.3, 0.662, 40.0]
 # rows, rows of memory, width, words, windows
 SHAPES = [
@@ -34,7 +35,7 @@ def run(monkeypatch):
 
     def call(impl, hidden, next_ids, **options):
         if impl == "fallback":
-            monkeypatch.setattr(module, "_cache_attention", module._blocked)
+            monkeypatch.setattr(module._lib, "kernel", lambda *_: module._blocked)
             monkeypatch.setattr(module._lib, "resolve", lambda *_: "fallback")
             impl = "auto"
         result = cache_attention(hidden, next_ids, impl=impl, **options)
@@ -179,6 +180,26 @@ def test_a_near_window_keeps_its_weight_beside_a_far_better_past(run, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_hidden_states_of_any_size(run, impl, size):
+    hidden, next_ids = stream(150, 33, 5)
+    hidden *= size * 10.0 ** torch.linspace(-3, 3, 33)  # beyond float16 within a row, too
+    options = dict(theta=[1e-6 / size / size, 1e-5 / size / size], window=[40, 100])
+    exact = cache_attention(hidden.double(), next_ids, impl="reference", **options)
+    plain = cache_attention(hidden, next_ids, impl="reference", **options)
+    assert_accurate(run(impl, hidden, next_ids, **options), plain, exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_thetas_than_one_pass_takes(run, impl):
+    hidden, next_ids = stream(140, 9, 4)
+    options = dict(theta=[0.1 * k for k in range(11)], window=[3, 50, 90])
+    exact = cache_attention(hidden.double(), next_ids, impl="reference", **options)
+    plain = cache_attention(hidden, next_ids, impl="reference", **options)
+    assert_accurate(run(impl, hidden, next_ids, **options), plain, exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_one_word_has_all_the_weight(run, impl):
     hidden, _ = stream(140, 24, 1)
     log_mass, log_norm = run(impl, hidden, torch.full((140,), 7), theta=[0.1, 2.0], window=[3, 100])
@@ -215,7 +236,7 @@ def test_results_come_in_the_order_of_the_arguments(run, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_very_wide_window_stays_accurate(run, impl):
     hidden, next_ids = stream(20, 2, 3)
-    memory = stream(40_000, 2, 3)
+    memory = stream(40_000 if testing.quick(impl, 40_000) else 3000, 2, 3)
     options = dict(theta=[0.01, 0.5], window=[1, 10**9])
     exact = cache_attention(
         hidden.double(), next_ids, memory=(memory[0].double(), memory[1]), impl="reference", **options
@@ -239,10 +260,12 @@ def test_strided_inputs_and_int32_ids_are_left_alone(run, impl):
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
 
 
-def test_nan_is_not_hidden():
-    hidden, next_ids = stream(60, 6, 2)
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl not in ("reference", "fallback")])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_nan_is_not_hidden(impl, dtype):
+    hidden, next_ids = stream(60, 6, 2, dtype)
     hidden[20, 3] = float("nan")
-    log_mass, log_norm = cache_attention(hidden, next_ids, theta=[0.0, 1.0], window=[3, 30])
+    log_mass, log_norm = cache_attention(hidden, next_ids, theta=[0.0, 1.0], window=[3, 30], impl=impl)
     assert log_norm[..., 20].isnan().all() and log_norm[1, :, 21:51].isnan().all()
     assert log_norm[0, :, 24:].isfinite().all() and log_norm[:, :, 1:20].isfinite().all()
 
@@ -287,17 +310,57 @@ def test_there_is_no_gradient_and_it_says_so():
         assert not cache_attention(hidden, next_ids, theta=1.0, window=3)[0].requires_grad
 
 
-def test_same_bits_for_every_run_and_thread_count():
-    hidden, next_ids = stream(700, 33, 20)
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl in ("auto", "triton")])
+def test_same_bits_for_every_run_and_thread_count(impl):
+    hidden, next_ids = stream(700 if testing.quick(impl, 700 * 33) else 150, 33, 20)
     threads = torch.get_num_threads()
-    expected = cache_attention(hidden, next_ids, theta=[0.5, 0.7], window=[40, 300])
+    options = dict(theta=[0.5, 0.7], window=[40, 300], impl=impl)
+    expected = cache_attention(hidden, next_ids, **options)
     try:
         for count in (threads, 1, 3):
             torch.set_num_threads(count)
-            result = cache_attention(hidden, next_ids, theta=[0.5, 0.7], window=[40, 300])
+            result = cache_attention(hidden, next_ids, **options)
             assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cuda_values(dtype, shape):
+    rows, past, width, words, windows = shape
+    hidden, next_ids = stream(rows, width, words, dtype)
+    memory = stream(past, width, words, dtype) if past else None
+    for start in (None, torch.randint(-past - 5, rows + 5, (rows,))):
+        options = dict(theta=THETAS, window=windows, start=start)
+        exact_memory = memory and (memory[0].double(), memory[1])
+        exact = cache_attention(hidden.double(), next_ids, memory=exact_memory, impl="reference", **options)
+        plain = cache_attention(hidden, next_ids, memory=memory, impl="reference", **options)
+        options["start"] = None if start is None else start.to(GPU)
+        options["memory"] = memory and tuple(x.to(GPU) for x in memory)
+        for impl in testing.impls("cache_attention", GPU):
+            found = cache_attention(hidden.to(GPU), next_ids.to(GPU).int(), impl=impl, **options)
+            assert_accurate([x.cpu() for x in found], plain, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("grid", [([0.662], [3785]), ([0.1, 0.3, 0.5, 0.7, 0.9], [250, 1000, 3785])], ids=str)
+def test_cuda_at_the_size_of_a_test_set(dtype, grid):
+    N, D, block, (thetas, windows) = *LARGE, 64, grid
+    hidden, next_ids = ((0.3 * torch.randn(N, D)).to(GPU, dtype), torch.randint(500, (N,)).to(GPU))
+    for impl in testing.impls("cache_attention", GPU):
+        if impl != "reference":
+            found = cache_attention(hidden, next_ids, theta=thetas, window=windows, impl=impl)
+            again = cache_attention(hidden, next_ids, theta=thetas, window=windows, impl=impl)
+            assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+            for first in (1, 3780, N // 2, N - block):
+                rows, past = slice(first, first + block), slice(max(0, first - windows[-1]), first)
+                inputs = (hidden[rows], next_ids[rows], hidden[past], next_ids[past])
+                wide, exact = ([x.to(kind) if x.is_floating_point() else x for x in inputs] for kind in WIDE)
+                plain, exact = (module._blocked(*x, None, thetas, windows) for x in (wide, exact))
+                assert_accurate([x[..., rows] for x in found], plain, exact)
 
 
 def test_every_instruction_set(fresh_python, instruction_set):

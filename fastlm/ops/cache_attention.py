@@ -24,7 +24,7 @@ _lib.define(
     "cache_attention(Tensor hidden, Tensor next_ids, Tensor? memory, Tensor? memory_ids, Tensor? start, "
     "float[] theta, int[] window) -> (Tensor, Tensor)"
 )
-_lib.declare("cache_attention", kernels=("cache_attention",))
+_lib.declare("cache_attention", kernels=("cache_attention",), triton=("cache_attention",))
 
 _LONGEST = 2**48  # a window that no stream fills; longer ones would not fit in 64 bits
 _BLOCK_SCORES = 1 << 20  # scores of one block of rows in the vectorised fallback: 4 MB, which a cache holds
@@ -117,8 +117,6 @@ def _fake(hidden, next_ids, memory, memory_ids, start, theta, window):
 _lib.reference("cache_attention", _blocked)
 _lib.fake("cache_attention", _fake)
 
-_cache_attention = torch.ops.fastlm.cache_attention.default
-
 
 def cache_attention(
     hidden: torch.Tensor,
@@ -143,7 +141,7 @@ def cache_attention(
         memory: `(hidden [M, D], next_ids [M])`, the rows before the first one of this call, oldest first.
         start: `[N]` int64 or int32, the oldest position that each row may see (the beginning of its document, say).
             Position 0 is the first row of this call, -1 the last row of `memory`.
-        impl: `"auto"`, `"reference"` or `"cpu"`.
+        impl: `"auto"`, `"reference"`, `"cpu"` or `"triton"`.
 
     Returns:
         `(log_mass, log_norm)`, each `[n_windows, n_thetas, N]` float32 (float64 for float64 input), in the order of the
@@ -170,7 +168,8 @@ def cache_attention(
         _checks.same("start", start, "hidden", hidden, dtype=False)
         _checks.shape("start", start, N=N)
         start = start.long()
-    function = reference if _lib.resolve("cache_attention", impl, hidden) == "reference" else _cache_attention
+    chosen = _lib.resolve("cache_attention", impl, hidden)
+    function = reference if chosen == "reference" else _lib.kernel("cache_attention", chosen)
     ascending = sorted(set(windows))
     result = function(hidden, next_ids.long(), memory_hidden, memory_ids, start, thetas, ascending)
     if windows == ascending:
