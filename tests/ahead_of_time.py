@@ -164,6 +164,14 @@ def call_cache_attention(dtype: torch.dtype, T: int) -> None:
         cache_attention.cache_attention(hidden, ids, past, torch.zeros(T + 9, dtype=torch.long), ids, theta, window)
 
 
+def call_cache_distribution(dtype: torch.dtype, T: int) -> None:
+    B, W = min(T, 2), 3785
+    for D, V, kind in ((400, 33278, torch.int64), (1150, 267735, torch.int32)):
+        ids, count = torch.zeros(B, W, dtype=kind), torch.zeros(B, dtype=kind)
+        query, keys = floats(B, D, dtype=dtype), floats(B, W, D, dtype=dtype)
+        cache_distribution.cache_distribution(query, keys, ids, count, V, 0.5)
+
+
 class Calls(NamedTuple):
     """The launches of an operator for a dtype and T, and what a kernel may take: registers, bytes of shared memory."""
 
@@ -174,6 +182,7 @@ class Calls(NamedTuple):
 
 CALLS = {
     "cache_attention": Calls(call_cache_attention, registers=255, shared=100 * 1024),
+    "cache_distribution": Calls(call_cache_distribution, registers=160, shared=2048),
     "dropconnect": Calls(call_dropconnect, registers=40, shared=1024),
     "embedding_dropout": Calls(call_embedding_dropout, registers=32),
     "forget_mult": Calls(call_forget_mult, registers=168),

@@ -1,13 +1,19 @@
 """The cache's distribution over the vocabulary: it sums to one, agrees with the stream form, and hides no bad id."""
 
+import importlib
+
 import pytest
 import torch
 
-from fastlm import testing
+from fastlm import _lib, testing
 from fastlm.ops import cache_attention, cache_distribution
+from fastlm.ops.cache_distribution import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 IMPLS = testing.impls("cache_distribution")
+GPU = "cuda"
+# streams, window, width, words
+SHAPES = [(1, 1, 1, 1), (3, 7, 5, 4), (2, 130, 33, 900), (4, 9, 0, 3), (1, 20, 600, 7), (1, 8300, 1, 1500)]
 
 
 def ring(batch, window, width, words, dtype=torch.float32):
@@ -27,11 +33,13 @@ def oracle(query, keys, ids, count, words, theta):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [*testing.DTYPES, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 7, 5, 4), (2, 130, 33, 900), (4, 9, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(impl, dtype, shape):
-    if impl == "cpu" and dtype == torch.float64:
-        dtype = torch.float32  # it has no float64
+    if impl in ("cpu", "triton") and dtype == torch.float64:
+        dtype = torch.float32  # they have no float64
     batch, window, width, words = shape
+    if not testing.quick(impl, window):
+        pytest.skip("minutes in the interpreter")
     query, keys, ids = ring(*shape, dtype)
     count = torch.randint(1, window + 1, (batch,))
     for theta in (0.0, 0.7, 200.0):
@@ -97,12 +105,13 @@ def test_empty_sizes(impl):
     assert torch.equal(cache_distribution(*ring(2, 0, 2, 5), 0, 5, theta=1.0, impl=impl), torch.zeros(2, 5))
 
 
-def test_repeats_and_strides_give_the_same_bits():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_repeats_and_strides_give_the_same_bits(impl):
     query, keys, ids = ring(4, 300, 24, 3)
-    out = cache_distribution(query, keys, ids, 300, 3, theta=0.3)
+    out = cache_distribution(query, keys, ids, 300, 3, theta=0.3, impl=impl)
     for _ in range(3):
-        assert torch.equal(cache_distribution(query, keys, ids, 300, 3, theta=0.3), out)
-    strided = cache_distribution(*map(testing.strided, (query, keys, ids)), 300, 3, theta=0.3)
+        assert torch.equal(cache_distribution(query, keys, ids.int(), 300, 3, theta=0.3, impl=impl), out)
+    strided = cache_distribution(*map(testing.strided, (query, keys, ids)), 300, 3, theta=0.3, impl=impl)
     assert torch.allclose(strided, out, rtol=1e-6, atol=0)
 
 
@@ -119,6 +128,63 @@ def test_compile():
     args = (*ring(3, 9, 4, 10), torch.tensor([0, 5, 9]))
     # The operator is opaque to code generation, so any backend will do.
     assert torch.equal(torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")(*args), run(*args))
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl == "triton"])
+def test_runs_are_joined_some_at_a_time(impl, monkeypatch):
+    query, keys, ids = ring(2, 300, 3, 10)
+    monkeypatch.setattr(importlib.import_module("fastlm.triton.cache_distribution"), "RUNS", 8)
+    out = cache_distribution(query, keys, ids, 300, 10, theta=0.7, impl=impl)
+    assert (out - oracle(query, keys, ids, [300, 300], 10, 0.7)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl == "triton"])
+def test_kernels_check_values_themselves(impl):
+    query, keys, ids = ring(2, 40, 3, 10)
+    call = _lib.kernel("cache_distribution", impl)
+    for wrong in (-1, 10, 2**40):
+        ids[1, 17] = wrong
+        with pytest.raises(RuntimeError, match="cache_distribution: ids outside the vocabulary"):
+            call(query, keys, ids, torch.tensor([40, 18]), 10, 1.0)
+        call(query, keys, ids, torch.tensor([40, 17]), 10, 1.0)
+    for window in (0, 40):
+        for count in (-1, window + 1):
+            given = torch.tensor([0, count])
+            with pytest.raises(RuntimeError, match=r"cache_distribution: count outside \[0, W\]"):
+                call(query, keys[:, :window], ids[:, :window].clamp(0, 9), given, 10, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 3785, 400, 33_278)], ids=str)
+def test_cuda_values(dtype, shape):
+    batch, window, _, words = shape
+    query, keys, ids = ring(*shape, dtype)
+    keys *= 0.2
+    count = torch.randint(1, window + 1, (batch,))
+    exact = oracle(query, keys, ids, count, words, 0.7)
+    plain = reference(query, keys, ids, count, words, 0.7)
+    on_gpu = [x.to(GPU) for x in (query, keys, ids, count)]
+    for impl in testing.impls("cache_distribution", GPU):
+        out = cache_distribution(*on_gpu, words, theta=0.7, impl=impl)
+        testing.assert_accurate(impl, out.cpu(), plain, exact)
+        assert torch.equal(cache_distribution(*on_gpu, words, theta=0.7, impl=impl), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("ids", "count"), [("5", "2"), ("-1", "2"), ("0", "3")])
+def test_cuda_asserts_on_wrong_values(fresh_python, ids, count):
+    assert "stopped" in fresh_python(
+        "import torch\n"
+        "from fastlm.ops import cache_distribution\n"
+        "x = torch.zeros(1, 2, 4, device='cuda')\n"
+        f"ids, count = torch.tensor([[0, {ids}]], device='cuda'), torch.tensor([{count}], device='cuda')\n"
+        "try:\n"
+        "    cache_distribution(x[:, 0], x, ids, count, 5, theta=1.0, impl='triton')\n"
+        "    torch.cuda.synchronize()\n"
+        "except RuntimeError:\n"
+        "    print('stopped')\n"
+    )
 
 
 def test_errors():

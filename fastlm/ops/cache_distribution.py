@@ -15,7 +15,7 @@ from fastlm.ops import _checks
 _lib.define(
     "cache_distribution(Tensor query, Tensor keys, Tensor ids, Tensor count, SymInt vocab_size, float theta) -> Tensor"
 )
-_lib.declare("cache_distribution", kernels=("cache_distribution",))
+_lib.declare("cache_distribution", kernels=("cache_distribution",), triton=("cache_distribution",))
 
 _ONE = 2.0**60  # a probability of 1 as an integer: the sum of a row cannot overflow, the rounding is below float32's
 
@@ -62,8 +62,6 @@ def _fake(query, keys, ids, count, vocab_size, theta):
 _lib.reference("cache_distribution", reference)
 _lib.fake("cache_distribution", _fake)
 
-_cache_distribution = torch.ops.fastlm.cache_distribution.default
-
 
 def cache_distribution(
     query: torch.Tensor,
@@ -85,7 +83,7 @@ def cache_distribution(
             What the others hold does not matter.
         vocab_size: V.
         theta: flatness, in [0, 1e30).
-        impl: `"auto"`, `"reference"` or `"cpu"`.
+        impl: `"auto"`, `"reference"`, `"cpu"` or `"triton"`.
 
     Returns:
         `[B, V]` float32 (float64 for float64 input); a row sums to 1, or to 0 where `count` is 0. A row is NaN
@@ -116,8 +114,9 @@ def cache_distribution(
     chosen = _lib.resolve("cache_distribution", impl, query)
     if chosen == "reference":
         return reference(query, keys, ids, count, vocab_size, theta)
+    # On a GPU and under a compiler the kernel's own check has to do.
+    if chosen in ("cpu", "triton") and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(ids, count, vocab_size)
     if chosen == "cpu":
-        if not torch.compiler.is_compiling():  # there, the kernel's own check has to do
-            _check_values(ids, count, vocab_size)
         ids, count = ids.long(), count.long()
-    return _cache_distribution(query, keys, ids, count, vocab_size, theta)
+    return _lib.kernel("cache_distribution", chosen)(query, keys, ids, count, vocab_size, theta)
