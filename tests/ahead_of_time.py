@@ -32,6 +32,7 @@ from fastlm.triton import (
     dropconnect,
     embedding_dropout,
     forget_mult,
+    linear_cross_entropy,
     locked_dropout,
     lstm,
     qrnn_pool,
@@ -172,6 +173,17 @@ def call_cache_distribution(dtype: torch.dtype, T: int) -> None:
         cache_distribution.cache_distribution(query, keys, ids, count, V, 0.5)
 
 
+def call_linear_cross_entropy(dtype: torch.dtype, T: int) -> None:
+    labels, scale = torch.zeros(T + 1, dtype=torch.int64)[T % 2 :][:T], floats(1).expand(T)
+    shapes = ((10_000, 400, 0.0), (33_278, 1150, 0.1), (267_735, 400, 0.0), (205, 400, 0.1), (50, 200, 0.0))
+    for V, D, smoothing in shapes:
+        bias = floats(V, dtype=dtype)
+        logits = floats(T, -(-V // 16) * 16, dtype=dtype)[:, :V]
+        linear_cross_entropy.linear_cross_entropy_gradient_(logits, bias, labels, scale, -100, smoothing)
+        x, weight = floats(T, D, dtype=dtype), floats(V, D, dtype=dtype)
+        linear_cross_entropy.linear_cross_entropy_loss(x, weight, bias, labels, -100, smoothing)
+
+
 class Calls(NamedTuple):
     """The launches of an operator for a dtype and T, and what a kernel may take: registers, bytes of shared memory."""
 
@@ -186,6 +198,7 @@ CALLS = {
     "dropconnect": Calls(call_dropconnect, registers=40, shared=1024),
     "embedding_dropout": Calls(call_embedding_dropout, registers=32),
     "forget_mult": Calls(call_forget_mult, registers=168),
+    "linear_cross_entropy": Calls(call_linear_cross_entropy, registers=192, shared=204800),
     "lstm": Calls(call_lstm, registers=40),
     "locked_dropout": Calls(call_locked_dropout, registers=96, shared=2048),
     "qrnn_pool": Calls(call_qrnn_pool, registers=200, shared=2048),

@@ -1,6 +1,7 @@
 """Linear cross entropy: loss and gradients against float64, every odd row, and no logits in memory."""
 
 import importlib
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from fastlm.ops import linear_cross_entropy
 module = importlib.import_module("fastlm.ops.linear_cross_entropy")  # the name in the package is the function
 pytestmark = pytest.mark.usefixtures("poisoned")
 IMPLS = [*testing.impls("linear_cross_entropy"), "fallback"]
+TRITON = [impl for impl in IMPLS if impl == "triton"]
 ALL_OPTIONS = dict(reduction="sum", ignore_index=1, label_smoothing=0.1)
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 4e-3}  # between two orders of the same sums
 SHAPES = [(1, 1, 1), (5, 2, 8), (7, 50, 123), (33, 205, 37), (19, 10_000, 40), (3, 4111, 1), (4, 3, 0)]
@@ -28,6 +30,18 @@ def loss_of(request, monkeypatch):
     monkeypatch.setattr(module, "_rows", torch.no_grad()(module._rows_))
     monkeypatch.setattr(module._lib, "resolve", lambda *_: "fallback")
     return linear_cross_entropy
+
+
+@pytest.fixture
+def widening(monkeypatch):
+    """The way of a GPU whose library adds up products of 16-bit matrices in float32."""
+
+    def product(a, b, out=None, add=False):
+        wide = a.float() @ b.float()
+        return wide if out is None else out.add_(wide) if add else out.copy_(wide)
+
+    monkeypatch.setattr(module, "_widening", product)
+    monkeypatch.setattr(module, "_widens", lambda x: x.dtype != torch.float32)
 
 
 @pytest.fixture
@@ -158,7 +172,7 @@ def test_a_sure_row_keeps_its_small_gradient(loss_of):
 
 def test_only_the_gradients_in_need(loss_of, monkeypatch):
     calls, op = [], module._linear_cross_entropy
-    monkeypatch.setattr(module, "_linear_cross_entropy", lambda *args: calls.append(args[-3:]) or op(*args))
+    monkeypatch.setattr(module, "_linear_cross_entropy", lambda *args: calls.append(args[-4:-1]) or op(*args))
     tensors = layer(9, 20, 6)
     target = tensors[3]
     expected = outcome(plain, *tensors[:2], target, tensors[2])
@@ -220,6 +234,35 @@ def test_chunks_do_not_show(loss_of, monkeypatch, dtype):
             testing.assert_close("chunks", a, b.double(), TOLERANCE[dtype])
 
 
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 50, 23), (3, 205, 37), (9, 600, 40)], ids=str)
+def test_rows_that_are_read_in_pieces(monkeypatch, dtype, shape):
+    kernels = importlib.import_module("fastlm.triton.linear_cross_entropy")
+    monkeypatch.setattr(kernels, "SHORT", 0)
+    monkeypatch.setattr(kernels, "LANES", 16)
+    loss_of = partial(linear_cross_entropy, impl="triton")
+    input, weight, bias, target = layer(*shape, dtype)
+    assert_accurate(loss_of, input, weight, target, bias)
+    assert_accurate(loss_of, input, weight, target, None, torch.tensor(-3.0), **ALL_OPTIONS)
+    target[::2] = -100
+    assert_accurate(loss_of, input, weight, target, bias, torch.randn(shape[0]), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [4, 30])
+def test_products_added_up_in_float32(widening, loss_of, monkeypatch, dtype, rows):
+    monkeypatch.setitem(module._CHUNK_ROWS, "cpu", (rows, rows))
+    monkeypatch.setitem(module._LEAST_CHUNKS, "cpu", 1)
+    input, weight, bias, target = layer(30, 40, 16, dtype)
+    assert_accurate(loss_of, input, weight, target, bias)
+    target[::7] = -100
+    options = dict(reduction="none", label_smoothing=0.1)
+    assert_accurate(loss_of, input, weight, target, bias, torch.randn(30), **options)
+    loss_of(input, weight, torch.full((30,), -100), bias=bias).backward()
+    assert not any(x.grad.any() for x in (input, weight, bias))
+
+
 @pytest.mark.parametrize("chunks", [module._ROUNDED_CHUNKS, module._ROUNDED_CHUNKS + 1, 50])
 def test_bfloat16_sums_over_chunks(loss_of, monkeypatch, chunks):
     input, weight, bias, target = layer(150, 40, 64, torch.bfloat16)
@@ -240,10 +283,10 @@ def test_adjoint_by_hand_against_finite_differences(monkeypatch, small_chunks):
     for smoothing in (0.0, 0.2):
         for reduction in ("mean", "sum"):
             torch.autograd.gradcheck(
-                lambda *x: module._Reduced.apply(*x, target, reduction, -100, smoothing, needs)[0],  # noqa: B023
+                lambda *x: module._Reduced.apply(*x, target, reduction, -100, smoothing, needs, "fallback")[0],  # noqa: B023
                 tensors,
             )
-        torch.autograd.gradcheck(lambda *x: module._PerRow.apply(*x, target, -100, smoothing), tensors)  # noqa: B023
+        torch.autograd.gradcheck(lambda *x: module._PerRow.apply(*x, target, -100, smoothing, "fallback"), tensors)  # noqa: B023
 
 
 def test_float64_goes_to_the_reference():
@@ -324,11 +367,13 @@ def test_backward_twice_over_a_kept_graph(loss_of):
     assert all(torch.allclose(2 * a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["auto", *TRITON])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compile_and_transforms(reduction):
+def test_compile_and_transforms(impl, reduction):
+    options = dict(impl=impl, reduction=reduction, label_smoothing=0.1)
+
     def loss_of(input, weight, bias, target):
-        loss = linear_cross_entropy(input, weight, target, bias=bias, reduction=reduction, label_smoothing=0.1)
-        return (loss * 3).sum()
+        return (linear_cross_entropy(input, weight, target, bias=bias, **options) * 3).sum()
 
     # The operator is opaque to code generation, so any backend will do.
     compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -357,11 +402,18 @@ def test_operators_are_well_registered():
     input, weight, bias, target = (x.detach() for x in layer(7, 11, 5))
     target[3] = 4
     op = torch.ops.fastlm.linear_cross_entropy.default
-    torch.library.opcheck(op, (input, weight, bias, target, torch.rand(7), 4, 0.1, True, True, True))
-    torch.library.opcheck(op, (input.half(), weight.half(), None, target, None, -100, 0.0, False, False, False))
+    torch.library.opcheck(op, (input, weight, bias, target, torch.rand(7), 4, 0.1, True, True, True, "cpu"))
+    torch.library.opcheck(op, (input.half(), weight.half(), None, target, None, -100, 0.0, False, False, False, "cpu"))
     rows = torch.ops.fastlm.linear_cross_entropy_rows_.default
     torch.library.opcheck(rows, (torch.randn(7, 11), target, torch.rand(7), 4, 0.1, True))
     torch.library.opcheck(rows, (torch.randn(7, 11), target, None, 4, 0.0, False))
+    padded = torch.randn(7, 16)[:, :11]
+    for impl in ("fallback", *TRITON):
+        gradient, loss = (module._lib.kernel(f"linear_cross_entropy_{name}", impl) for name in ("gradient_", "loss"))
+        torch.library.opcheck(gradient, (padded, bias, target, torch.rand(7), 4, 0.1))
+        torch.library.opcheck(gradient, (padded, None, target, None, 4, 0.0))
+        torch.library.opcheck(loss, (input, weight, bias, target, 4, 0.1))
+        torch.library.opcheck(op, (input, weight, bias, target, torch.rand(7), 4, 0.1, True, True, True, impl))
 
 
 def test_autocast_casts_like_a_linear_layer(loss_of):
@@ -370,7 +422,7 @@ def test_autocast_casts_like_a_linear_layer(loss_of):
         loss = loss_of(input, weight, target, bias=bias)
         mixed = loss_of(input.bfloat16(), weight, target, bias=bias)
     assert loss.dtype == torch.float32 and torch.equal(loss, mixed)
-    cast = [x.detach().bfloat16() for x in (input, weight, bias)]
+    cast = [x.detach().bfloat16().requires_grad_() for x in (input, weight, bias)]  # a loss alone may be more exact
     assert torch.equal(loss, loss_of(*cast[:2], target, bias=cast[2]))
     gradients = torch.autograd.grad(loss, (input, weight, bias))
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in gradients)

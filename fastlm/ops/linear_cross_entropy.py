@@ -13,9 +13,17 @@ place. For "mean" and "sum", g_n is known up to a factor in the forward, which l
 the backward makes the logits again. A chunk has a quarter of the rows at most, and as many as a byte budget for its
 logits allows, or a floor where that is more: the price of a chunk is one more trip through W and dW.
 
-Logits and their gradient are bfloat16 for bfloat16 inputs and float32 for float16, whose range their gradients leave;
-what happens between them, the loss and sums over chunks are float32. Up to six chunks may add up dW in bfloat16:
-rounding k sums of random terms is sqrt(k / 2) times the error of rounding the last.
+On an H200 (790 TFLOP/s, 4.3 TB/s), the three products of a logit of 2 bytes take 3.0 ps at D = 400, a read and a write
+between them 0.9 ps. A chunk of c rows reads W twice, and reads and writes dW in float32: 12 V D bytes to 6 c V D
+operations, 367 / c of the time. So on a GPU a chunk has all rows if it can, and 1024 at least.
+
+Logits and their gradient are bfloat16 for bfloat16 inputs: PyTorch rounds its logits as well, and in float32 the passes
+over them would be twice as long. What happens between them, the loss and sums over chunks are float32. The gradient of
+float16 inputs leaves their range: it is float32, or, where products of float16 can be added up in float32, float16
+times 2^15 over the largest g. On a CPU up to six chunks may add up dW in bfloat16: rounding k sums of random terms is
+sqrt(k / 2) times the error of rounding the last.
+
+Triton's loss without gradients goes by no chunks: it keeps a maximum and a sum of each row, and no logits.
 
 Chunking the rows and taking the gradient in the forward: Malik Hsu et al., "Liger Kernel", arXiv 2410.10989.
 """
@@ -33,15 +41,31 @@ _lib.define(
     "float label_smoothing, bool gradient) -> Tensor"
 )
 _lib.define(
-    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? scale, int ignore_index, "
-    "float label_smoothing, bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+    "linear_cross_entropy_gradient_(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor? scale, int ignore_index, "
+    "float label_smoothing) -> Tensor"
 )
-_lib.declare("linear_cross_entropy", kernels=("linear_cross_entropy_rows_",))
+_lib.define(
+    "linear_cross_entropy_loss(Tensor input, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
+    "float label_smoothing) -> Tensor"
+)
+_lib.define(
+    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? scale, int ignore_index, "
+    "float label_smoothing, bool needs_input, bool needs_weight, bool needs_bias, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.declare(
+    "linear_cross_entropy",
+    kernels=("linear_cross_entropy_rows_",),
+    triton=("linear_cross_entropy_gradient_", "linear_cross_entropy_loss"),
+)
 
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # above 32 MB, malloc asks for new pages at every chunk
-_CHUNK_ROWS = {"cpu": (192, 1024), "cuda": (256, 4096)}  # fewer: too many trips through W; more gain nothing
-_LEAST_CHUNKS = 4  # of a megabyte at least: PyTorch holds all logits, two or three times
+# Above 32 MB, malloc asks for new pages at every chunk. 1 GB is 5 chunks for 8400 rows of 267,735 words in bfloat16.
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+_CHUNK_ROWS = {"cpu": (192, 1024), "cuda": (1024, 8192)}  # fewer: too many trips through W; more gain nothing
+_LEAST_CHUNKS = {"cpu": 4, "cuda": 1}  # of a megabyte at least: PyTorch holds all logits, two or three times
 _ROUNDED_CHUNKS = 6  # that may add up dW in 16 bits
+_LIFT = 2.0**15  # of the largest float16 gradient of a logit: 2^-39 keeps all its digits then
+_ROOM = 16  # a row of logits starts at a multiple of so many, for loads and stores of 16 bytes
 _BLOCK = 8192  # classes whose part of dW is added at a time, where that is in float32
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -63,9 +87,14 @@ def _state_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _widens(x):
+    """Whether PyTorch adds up products of 16-bit matrices in a float32 result there; on a CPU it does not."""
+    return x.device.type == "cuda" and torch.version.hip is None and x.dtype in (torch.float16, torch.bfloat16)
+
+
 def _work_dtype(x):
     """Of the logits and their gradient."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+    return torch.float32 if x.dtype == torch.float16 and not _widens(x) else x.dtype
 
 
 def _rows_(logits, target, scale, ignore_index, label_smoothing, gradient):
@@ -90,12 +119,19 @@ def _rows_(logits, target, scale, ignore_index, label_smoothing, gradient):
     return torch.where(kept, loss[:, 0], 0)
 
 
+def _gradient_(logits, bias, target, scale, ignore_index, label_smoothing):
+    """Like `_rows_` with a gradient, for logits without their bias and, in Triton, with room behind each row."""
+    if bias is not None:
+        logits.add_(bias)
+    return _rows_(logits, target, scale, ignore_index, label_smoothing, True)
+
+
 def _chunks(rows, classes, device, itemsize):
     """Bounds of equal chunks of rows, whose logits keep to the budget unless the least number of rows exceeds it."""
-    least, most = _CHUNK_ROWS.get(device, _CHUNK_ROWS["cuda"])
-    budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"])
+    kind = "cpu" if device == "cpu" else "cuda"
+    (least, most), budget = _CHUNK_ROWS[kind], _CHUNK_BYTES[kind]
     size = max(least, min(most, budget // (itemsize * max(1, classes))))
-    count = max(-(-rows // size), min(_LEAST_CHUNKS, rows, rows * classes * itemsize >> 20))
+    count = max(-(-rows // size), min(_LEAST_CHUNKS[kind], rows, rows * classes * itemsize >> 20))
     return [rows * i // count for i in range(count + 1)] if rows else [0]
 
 
@@ -106,9 +142,18 @@ def _logits(x, w, bias, space):
     return torch.mm(x, w.T, out=out) if bias is None else torch.addmm(bias, x, w.T, out=out)
 
 
+def _widening(a, b, out=None, add=False):
+    """`a b` of 16-bit matrices in float32; in `out`, or added to it, if given."""
+    if add:
+        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
 def _add_weight_gradient(total, dz, x, first):
     """Adds dz^T x to `total`, whatever that holds before the first time."""
-    if total.dtype != x.dtype:
+    if total.dtype != x.dtype and _widens(x):
+        _widening(dz.T, x, total, add=not first)
+    elif total.dtype != x.dtype:
         for begin in range(0, len(total), _BLOCK):
             part = torch.mm(dz[:, begin : begin + _BLOCK].T, x)
             total[begin : begin + _BLOCK].copy_(part) if first else total[begin : begin + _BLOCK].add_(part)
@@ -119,44 +164,63 @@ def _add_weight_gradient(total, dz, x, first):
         total.addmm_(dz.T, x, beta=0 if first else 1)
 
 
-def _chunked(input, weight, bias, target, scale, ignore_index, label_smoothing, needs_input, needs_weight, needs_bias):
+def _lifted(scale, target):
+    """The scale of the rows with _LIFT for its largest size, and the factor that takes this back."""
+    scale = torch.ones((), device=target.device).expand(len(target)) if scale is None else scale
+    largest = scale.abs().amax().clamp(2.0**-100, 2.0**100)  # it is 0 or infinite where no row counts
+    return scale * (_LIFT / largest), largest / _LIFT
+
+
+def _chunked(
+    input, weight, bias, target, scale, ignore_index, label_smoothing, needs_input, needs_weight, needs_bias, impl
+):
     """Loss of each row, and the gradients of the sum of scale times loss that are needed (the others are empty)."""
     (rows, _), classes, state, work = input.shape, len(weight), _state_dtype(input), _work_dtype(input)
+    gradient = needs_input or needs_weight or needs_bias
     _check_targets(target, classes, ignore_index)
+    if impl == "triton" and not gradient and rows and classes:
+        loss = _lib.kernel("linear_cross_entropy_loss", impl)(
+            input, weight, bias, target, ignore_index, label_smoothing
+        )
+        return loss, *(input.new_empty(0) for _ in range(3))
     bounds = _chunks(rows, classes, input.device.type, work.itemsize) if classes else [0]
-    total_dtype = work if len(bounds) - 1 <= _ROUNDED_CHUNKS else state
+    lifted = gradient and rows and work == torch.float16
+    rounded = not lifted and len(bounds) - 1 <= (1 if _widens(input) else _ROUNDED_CHUNKS)
     loss = input.new_zeros(rows, dtype=state)
     grad_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
-    grad_weight = input.new_empty(weight.shape if needs_weight else 0, dtype=total_dtype)
+    grad_weight = input.new_empty(weight.shape if needs_weight else 0, dtype=work if rounded else state)
     grad_bias = input.new_zeros(classes if needs_bias else 0, dtype=state)
     largest = max((last - first for first, last in pairwise(bounds)), default=0)
+    scale, factor = _lifted(scale, target) if lifted else (scale, None)
 
     def chunk(first, last):
         x = input[first:last].to(work).contiguous()
-        logits = _logits(x, w, b, space)
-        loss[first:last] = _rows(
-            logits,
-            target[first:last],
-            None if scale is None else scale[first:last],
-            ignore_index,
-            label_smoothing,
-            needs_input or needs_weight or needs_bias,
-        )
+        labels, factors = target[first:last], None if scale is None else scale[first:last]
+        if impl == "triton":  # the bias is added where the logits are read: addmm would fill padded rows with it first
+            logits, row_kernel = _logits(x, w, None, space), _lib.kernel("linear_cross_entropy_gradient_", impl)
+            loss[first:last] = row_kernel(logits, b, labels, factors, ignore_index, label_smoothing)
+        else:
+            logits = _logits(x, w, b, space)
+            loss[first:last] = _rows(logits, labels, factors, ignore_index, label_smoothing, gradient)
         if needs_input:
-            grad_input[first:last] = _matmul.matmul(logits, w)
+            grad_input[first:last] = _widening(logits, w) * factor if lifted else _matmul.matmul(logits, w)
         if needs_weight:
             _add_weight_gradient(grad_weight, logits, x, first == 0)
-        if needs_bias:
-            grad_bias.add_(logits.sum(0))
+        if needs_bias:  # a CPU would convert all of them first
+            grad_bias.add_(logits.sum(0, dtype=state if logits.is_cuda or lifted else None))
 
     with torch.autocast(input.device.type, enabled=False):
         w, b = weight.to(work), None if bias is None else bias.to(work).contiguous()
         onednn = _matmul.by_onednn(input[:largest].to(work).contiguous(), w.T)
-        space = None if onednn else input.new_empty((largest, classes), dtype=work)
+        room = -(-classes // _ROOM) * _ROOM if impl == "triton" else classes
+        space = None if onednn and impl != "triton" else input.new_empty((largest, room), dtype=work)[:, :classes]
         for first, last in pairwise(bounds):
             chunk(first, last)
+        space = None  # before dW is there in two precisions
     if needs_weight and len(bounds) < 2:
         grad_weight.zero_()
+    if lifted:
+        grad_weight.mul_(factor), grad_bias.mul_(factor)
     return loss, grad_input, grad_weight.to(weight.dtype), grad_bias.to(input.dtype)
 
 
@@ -168,7 +232,14 @@ def _check_targets(target, classes, ignore_index):
         raise ValueError(f"target must lie in [0, {classes}), the vocabulary, or be ignore_index = {ignore_index}")
 
 
-def _fake(input, weight, bias, target, scale, ignore_index, label_smoothing, needs_input, needs_weight, needs_bias):
+def _loss(input, weight, bias, target, ignore_index, label_smoothing):
+    logits = F.linear(*(x if x is None else x.to(_state_dtype(input)) for x in (input, weight, bias)))
+    return _rows_(logits, target, None, ignore_index, label_smoothing, False)
+
+
+def _fake(
+    input, weight, bias, target, scale, ignore_index, label_smoothing, needs_input, needs_weight, needs_bias, impl
+):
     return (
         input.new_empty(input.shape[0], dtype=_state_dtype(input)),
         torch.empty_like(input) if needs_input else input.new_empty(0),
@@ -178,11 +249,25 @@ def _fake(input, weight, bias, target, scale, ignore_index, label_smoothing, nee
 
 
 _lib.reference("linear_cross_entropy_rows_", _rows_)
+_lib.reference("linear_cross_entropy_gradient_", _gradient_)
+_lib.reference("linear_cross_entropy_loss", _loss)
 _lib.reference("linear_cross_entropy", _chunked)
 _lib.fake(
     "linear_cross_entropy_rows_",
     lambda logits, target, scale, ignore_index, label_smoothing, gradient: logits.new_empty(
         logits.shape[0], dtype=_state_dtype(logits)
+    ),
+)
+_lib.fake(
+    "linear_cross_entropy_gradient_",
+    lambda logits, bias, target, scale, ignore_index, label_smoothing: logits.new_empty(
+        logits.shape[0], dtype=_state_dtype(logits)
+    ),
+)
+_lib.fake(
+    "linear_cross_entropy_loss",
+    lambda input, weight, bias, target, ignore_index, label_smoothing: input.new_empty(
+        input.shape[0], dtype=_state_dtype(input)
     ),
 )
 _lib.fake("linear_cross_entropy", _fake)
@@ -225,13 +310,13 @@ class _Reduced(torch.autograd.Function):
     """mean and sum: the gradients are ready after the forward, up to the factor from above."""
 
     @staticmethod
-    def forward(input, weight, bias, target, reduction, ignore_index, label_smoothing, needs):
+    def forward(input, weight, bias, target, reduction, ignore_index, label_smoothing, needs, impl):
         count, scale = None, None
         if reduction == "mean":
             count = (target != ignore_index).sum().to(_state_dtype(input))
             scale = count.reciprocal().expand(len(target))
         loss, *gradients = _linear_cross_entropy(
-            input, weight, bias, target, scale, ignore_index, label_smoothing, *needs
+            input, weight, bias, target, scale, ignore_index, label_smoothing, *needs, impl
         )
         total = loss.sum()
         return (total if count is None else total / count, *gradients)
@@ -245,33 +330,33 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return None, None, None, None, None, None, None, None
+            return (None,) * 9
         *gradients, input, weight, bias = ctx.saved_tensors
         with torch.no_grad():
             gradients = _needed(ctx, _times(gradients, grad))
-        return *_Final.apply(input, weight, bias, *gradients), None, None, None, None, None
+        return *_Final.apply(input, weight, bias, *gradients), *(None,) * 6
 
 
 class _PerRow(torch.autograd.Function):
     """none: the backward makes the logits again, with the gradient of each row at hand."""
 
     @staticmethod
-    def forward(input, weight, bias, target, ignore_index, label_smoothing):
-        needs = (False, False, False)
-        return _linear_cross_entropy(input, weight, bias, target, None, ignore_index, label_smoothing, *needs)[0]
+    def forward(input, weight, bias, target, ignore_index, label_smoothing, impl):
+        options = (ignore_index, label_smoothing, False, False, False, impl)
+        return _linear_cross_entropy(input, weight, bias, target, None, *options)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.ignore_index, ctx.label_smoothing = inputs
+        *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.impl = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad):
         input, weight, bias, target = ctx.saved_tensors
-        options = (ctx.ignore_index, ctx.label_smoothing, *ctx.needs_input_grad[:3])
+        options = (ctx.ignore_index, ctx.label_smoothing, *ctx.needs_input_grad[:3], ctx.impl)
         with torch.no_grad():
             _, *gradients = _linear_cross_entropy(input, weight, bias, target, grad, *options)
-        return *_Final.apply(input, weight, bias, *_needed(ctx, gradients)), None, None, None
+        return *_Final.apply(input, weight, bias, *_needed(ctx, gradients)), *(None,) * 4
 
 
 def linear_cross_entropy(
@@ -295,7 +380,7 @@ def linear_cross_entropy(
         reduction: `"mean"` over the targets that are not ignored (NaN when there are none), `"sum"`, or `"none"`.
         ignore_index: target of the rows that count for nothing; it may lie inside the vocabulary.
         label_smoothing: weight of the uniform distribution in the target, in [0, 1].
-        impl: `"auto"`, `"reference"` or `"cpu"`.
+        impl: `"auto"`, `"reference"`, `"cpu"` or `"triton"`.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or the shape of `target` for `"none"`, where an ignored row is 0.
@@ -324,10 +409,11 @@ def linear_cross_entropy(
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     label_smoothing = _checks.probability("label_smoothing", label_smoothing)
-    if _lib.resolve("linear_cross_entropy", impl, input) == "reference":
+    chosen = _lib.resolve("linear_cross_entropy", impl, input)
+    if chosen == "reference":
         return reference(input, weight, target, bias, reduction, ignore_index, label_smoothing)
     rows, labels = input.reshape(target.numel(), D), target.reshape(-1).long()
     if reduction == "none":
-        return _PerRow.apply(rows, weight, bias, labels, ignore_index, label_smoothing).reshape(target.shape)
+        return _PerRow.apply(rows, weight, bias, labels, ignore_index, label_smoothing, chosen).reshape(target.shape)
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in (input, weight, bias))
-    return _Reduced.apply(rows, weight, bias, labels, reduction, ignore_index, label_smoothing, needs)[0]
+    return _Reduced.apply(rows, weight, bias, labels, reduction, ignore_index, label_smoothing, needs, chosen)[0]
