@@ -207,6 +207,7 @@ CASES += [
 ]
 CASES += [
     layer("fp32", 2, 3, 8, size="tiny", targets=goal(0.001)),
+    layer("fp32", 2, 3, 8, title="8 -> 8, B=2 T=3 fp32, forward", backward=False, size="tiny"),
     layer("bf16", 2, 3, 8, size="tiny", more=("others", "threads")),
 ]
 
