@@ -199,6 +199,20 @@ def test_more_thetas_than_one_pass_takes(run, impl):
     assert_accurate(run(impl, hidden, next_ids, **options), plain, exact)
 
 
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl == "triton"])
+@pytest.mark.parametrize("tile", [(64, 1, 2, 32), (64, 2, 3, 32)], ids=str)
+def test_tiles_of_other_gpus(impl, tile, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastlm.triton.cache_attention"), "_tile", lambda hidden: tile)
+    hidden, next_ids = stream(193, 40, 7)
+    memory, start = stream(40, 40, 7), torch.randint(-45, 193, (193,))
+    for options in (dict(start=start), dict()):
+        options.update(theta=THETAS, window=[1, 31, 64, 500])
+        exact_memory = (memory[0].double(), memory[1])
+        exact = cache_attention(hidden.double(), next_ids, memory=exact_memory, impl="reference", **options)
+        plain = cache_attention(hidden, next_ids, memory=memory, impl="reference", **options)
+        assert_accurate(cache_attention(hidden, next_ids, memory=memory, impl=impl, **options), plain, exact)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_word_has_all_the_weight(run, impl):
     hidden, _ = stream(140, 24, 1)
