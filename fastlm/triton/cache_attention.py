@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from fastlm.triton.common import cdiv, launch
+from fastlm.triton.common import cdiv, hardware, launch
 
 ROWS = 128  # of a program
 MOST_THETAS = 8  # of one walk: 16 sums for every row
@@ -28,17 +28,15 @@ def _tile(hidden) -> tuple[int, int, int, int]:
     The test split of WikiText-2 (245,569 rows, window 3785, D = 400) reads (1 / 128 + 1 / keys) of 9.2e8 D numbers
     from level 2: 12 GB with 128 keys in 16 bits, 24 GB as halves, 18 and 35 GB with 64. The query does not stay on
     the chip: its halves would take 205 of the 227 KB of an H200, and with 64 rows of them the keys alone are 24 GB.
-    A thread has 64 scores of 128 keys, and takes in 32 at a time: 208 to 254 registers on Hopper. Ampere would spill,
-    and takes 172 to 255 with 64 keys. Three stages take 25 to 99 KB; two take 13 to 25 of the 64 KB of CDNA.
-    32 columns pad D = 400 to 416, where 64 would to 448; with 64 halves on Hopper and all on Ampere spill.
+    A thread has 64 scores of 128 keys, and takes in 32 at a time: 208 to 254 registers on Hopper. Ampere would spill
+    with eight thetas, and takes 172 to 255 with 64 keys. Three stages take 25 to 99 KB; two take 13 to 25 of the 64
+    KB of CDNA. 32 columns pad D = 400 to 416, where 64 would to 448; 64 of halves spill on Hopper with eight thetas.
     """
     wide = hidden.dtype != torch.float32 and -hidden.size(1) % 64 * 12 <= hidden.size(1)
-    if triton.knobs.runtime.interpret:
-        return 128, 2, 1, 64 if wide else 32
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend == "cuda" and target.arch == 90:
+    backend, arch = hardware(hidden)
+    if backend == "cuda" and arch == 90:
         return 128, 2, 3, 64 if wide else 32
-    return (64, 2, 3, 32) if target.backend == "cuda" else (64, 1, 2, 32)
+    return (64, 2, 3, 32) if backend == "cuda" else (64, 1, 2, 32)
 
 
 @triton.jit(do_not_specialize=["rows", "first"])

@@ -16,6 +16,15 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def hardware(x: torch.Tensor) -> tuple[str, int | str]:
+    """Backend and architecture of the GPU that a tensor is on; Triton's interpreter passes for Hopper."""
+    if triton.knobs.runtime.interpret:
+        return "cuda", 90
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch
+
+
 def launch(kernel, programs: int, *args, num_warps: int, fp_fusion: bool, num_stages: int = 1, **constants) -> None:
     """Run a kernel on a one-dimensional grid, on the device of its first tensor and that device's current stream."""
     if programs == 0:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from fastlm.triton.common import cdiv, launch
+from fastlm.triton.common import cdiv, hardware, launch
 
 PAD = tl.constexpr(16)  # a row of logits has room for a multiple of so many: loads are of 16 bytes, masks too
 LOWEST = tl.constexpr(-3.0e38)  # below all logits and finite: a difference of two is no NaN
@@ -218,14 +218,6 @@ def _combine(
     tl.store(loss + row, tl.where(y != ignored, value, 0.0), mask=there)
 
 
-def _target():
-    """What the kernels are compiled for; the interpreter is as good as an A100."""
-    if triton.knobs.runtime.interpret:
-        return "cuda", 80
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend, target.arch
-
-
 def _precision(backend: str) -> str:
     """Of products of float32: TF32 where PyTorch's own are, else in three parts, which keep 22 bits."""
     if backend == "hip":
@@ -236,7 +228,7 @@ def _precision(backend: str) -> str:
 def linear_cross_entropy_loss(input, weight, bias, target, ignore_index, label_smoothing):
     (rows, width), classes = input.shape, len(weight)
     tensors = [t if t is None else t.contiguous() for t in (input, weight, bias, target)]
-    backend, arch = _target()
+    backend, arch = hardware(input)
     narrow, aligned = input.element_size() == 2, width * input.element_size() % 16 == 0
     held = narrow and width <= HELD_WIDTH and backend == "cuda" and arch in (80, 90)
     tall, words = 128, 64 if aligned else 32  # unaligned rows take more addresses, of fewer bytes each

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlm.triton.common import cdiv, launch, philox_keep, run_length, sigmoid, tanh, threshold
+from fastlm.triton.common import cdiv, hardware, launch, philox_keep, run_length, sigmoid, tanh, threshold
 
 EVERY = tl.constexpr(8)  # steps of a chunk, from one kept state to the next; fastlm/ops/qrnn_pool.py has the same
 ZONEOUT = tl.constexpr(1)  # stream of the mask generator
@@ -154,6 +154,8 @@ def _plan(gates, seed, pooling, zoneout, reverse, lanes):
     rows = ((steps - 1) * batch, -batch) if reverse else (0, batch)  # of the first step, and from one to the next
     factors = threshold(zoneout), 1.0 - zoneout if seed is None and zoneout > 0.0 else None
     constants = dict(GATES=GATES[pooling], RUN=run, BLOCK=32 * run, num_warps=1, fp_fusion=True)
+    if hardware(gates)[0] == "cuda":  # else ptxas rounds down to 128 or 168 registers, with 8 bytes on the stack
+        constants["maxnreg"] = 255
     return batch * cdiv(hidden, 32 * run), (steps, batch, hidden // run, width // run, *rows, *factors), constants
 
 
