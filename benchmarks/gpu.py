@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,9 +126,15 @@ def run(part: Part) -> tuple[str | None, float]:
         into = part.log.open("w")
     for command in part.commands:
         print("+", *command, flush=True)
-        # A group of its own, so that what it has started ends with it.
+        # A group of its own, so that what it has started ends with it, and by SIGINT, which a shell's & would ignore.
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(part.name), start_new_session=True, stdout=into, stderr=into
+            command,
+            cwd=ROOT,
+            env=environment(part.name),
+            start_new_session=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+            stdout=into,
+            stderr=into,
         )
         try:
             left = max(0.1, part.limit - (time.monotonic() - start))
