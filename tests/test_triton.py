@@ -74,3 +74,17 @@ def test_auto_takes_triton_only_on_a_gpu_without_a_kernel(monkeypatch):
     assert _lib._automatic("forget_mult", "cuda", True) == "triton"
     assert _lib._automatic("forget_mult", "cuda", False) != "triton"
     assert _lib.resolve("forget_mult", "auto", torch.rand(2, 3, 4)) == "triton"
+
+
+@needs_triton
+@pytest.mark.parametrize("setting, precision", [("tf32", "tf32"), ("ieee", "tf32x3")])
+def test_products_of_float32_are_tf32_where_pytorchs_are(setting, precision):
+    """By the setting that can be read whichever way it was made."""
+    from fastlm.triton.linear_cross_entropy import _precision
+
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, setting
+    try:
+        assert _precision("cuda") == precision
+    finally:
+        matmul.fp32_precision = before

@@ -222,7 +222,7 @@ def _precision(backend: str) -> str:
     """Of products of float32: TF32 where PyTorch's own are, else in three parts, which keep 22 bits."""
     if backend == "hip":
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def linear_cross_entropy_loss(input, weight, bias, target, ignore_index, label_smoothing):
