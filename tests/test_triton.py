@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,27 @@ OPS = sorted(path.stem for path in SOURCES.glob("*.py") if path.stem not in ("__
 needs_triton = pytest.mark.skipif(_lib.triton_missing is not None, reason=str(_lib.triton_missing))
 
 
+@pytest.fixture(scope="module")
+def compilations(request, tmp_path_factory):
+    """Those that the selected tests want, started together: a compiler keeps one core busy."""
+
+    def start(op, target):
+        cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, TESTS / "ahead_of_time.py", target, op]
+        return pool.submit(subprocess.run, command, env={**os.environ, **cache}, capture_output=True, text=True)
+
+    calls = [item.callspec.params for item in request.session.items if "compilations" in item.fixturenames]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(call["op"], call["target"]): start(**call) for call in calls}
+        pool.shutdown(cancel_futures=True)
+
+
 @needs_triton
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 @pytest.mark.parametrize("op", OPS)
-def test_ahead_of_time(op, target, tmp_path):
+def test_ahead_of_time(op, target, compilations):
     """Kernels compile for GPUs that are not here, in their limits, without a spill, for one T as for another."""
-    done = subprocess.run(
-        [sys.executable, TESTS / "ahead_of_time.py", target, op],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    done = compilations[op, target].result()
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     launched = set(re.findall(r"launch\(\s*(\w+)", (SOURCES / f"{op}.py").read_text()))
