@@ -17,6 +17,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,9 +56,9 @@ class Part(NamedTuple):
 
 
 def operators() -> list[str]:
-    """What has tests or benchmarks of its own name: the operators, training and host."""
-    names = {path.stem for path in (ROOT / "fastlm" / "ops").glob("[a-z]*.py")}
-    return sorted(names | {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")})
+    """What has tests or benchmarks on a GPU: the operators, and training."""
+    sources = (path.read_text() for path in (ROOT / "fastlm" / "ops").glob("[a-z]*.py"))
+    return sorted({"training"}.union(*(re.findall(r'_lib\.declare\(\s*"(\w+)"', source) for source in sources)))
 
 
 def choose(only: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -87,8 +88,8 @@ def test(ops: Sequence[str], device: str) -> list[list[str]]:
     """pytest over the tests that are marked; on a CPU over those of the same table that are not."""
     files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_gpu_streams.py")]
     if device == "cuda":
-        own = [ROOT / "tests" / f"test_{op}.py" for op in ops]
-        files = [*files, *(str(path) for path in own if path.exists())] if ops else [str(ROOT / "tests")]
+        own = [path for op in ops for path in sorted((ROOT / "tests").glob(f"test_{op.removesuffix('_mask')}*.py"))]
+        files = [*files, *map(str, dict.fromkeys(own))] if ops else [str(ROOT / "tests")]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-rfE", "--tb=short", "--durations=8"]
     command += ["-p", "no:cacheprovider", "-m", "gpu" if device == "cuda" else "not gpu"]
     command += ["-k", " or ".join(ops)] if ops else []
@@ -175,6 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as e:
         print(f"make gpu: {e}", file=sys.stderr)
         return 2
+    if importlib.util.find_spec("torch") is None:
+        print(f"make gpu: {sys.executable} has no PyTorch; make gpu PYTHON=... takes another", file=sys.stderr)
+        return 2
     if options.device == "cuda" and not has_gpu():
         print("make gpu: this PyTorch finds no GPU; --device cpu tries the target out on a CPU", file=sys.stderr)
         return 2
@@ -212,12 +216,18 @@ def has_gpu() -> bool:
     return subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def build_is_wanted() -> bool:
+    """Whether native modules can and should be built."""
+    tools = any(map(shutil.which, ("c++", "g++", "clang++"))) and shutil.which("cmake") and shutil.which("ninja")
+    return bool(tools) and os.environ.get("FASTLM_BUILD") != "0"
+
+
 def built() -> int:
     """Print what was built; 1 if a module is not there although its compiler is."""
     done = subprocess.run([sys.executable, "-m", "fastlm.info", "--json"], capture_output=True, text=True, check=True)
     modules = {name: json.loads(done.stdout)["modules"][name] for name in MODULES}
-    wanted = {"_C"} if any(map(shutil.which, ("c++", "g++", "clang++"))) else set()
-    if shutil.which("nvcc") and os.environ.get("FASTLM_CUDA") != "0":
+    wanted = {"_C"} if build_is_wanted() else set()
+    if wanted and shutil.which("nvcc") and os.environ.get("FASTLM_CUDA") != "0":
         wanted.add("_C_cuda")
     for name, module in modules.items():
         print(f"{name:10} {module['reason'] or 'loaded'}")

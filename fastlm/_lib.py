@@ -7,7 +7,11 @@ in a pure-Python install, and loading a native module changes speed, never meani
 import ctypes
 import importlib
 import importlib.metadata
+import importlib.util
 import os
+import re
+import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,18 +139,24 @@ def native(op: str, device: str) -> bool:
 
 def _triton_missing() -> str | None:
     """Why there is no Triton that the kernels can use, or None; it is not imported."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; to get it: pip install triton"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {version} is too old; to get a newer one: pip install --upgrade triton"
+    for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"):  # as PyTorch's wheels call it
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+            return f"Triton {version} is too old; {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} comes with PyTorch 2.11"
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    if sys.platform == "linux" and not interpreting and not any(map(shutil.which, compilers)):
+        return "Triton builds what talks to the driver with a C compiler; install one (Debian: apt install gcc)"
     return None
 
 
-triton_missing: str | None = _triton_missing()
 # As Triton reads it: its kernels then run in its interpreter, on the CPU, for tests and debugging.
-interpreting: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+interpreting: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+triton_missing: str | None = _triton_missing()
 
 
 def has_triton(op: str, device: str) -> bool:
@@ -164,7 +174,7 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
 
     Returns:
         `"reference"`: the plain differentiable PyTorch function; `"fallback"`: the registered reference behind the
-        dispatcher, what `"auto"` takes without a kernel; `"cpu"`, `"cuda"` or a name of `extra`.
+        dispatcher, what `"auto"` takes without a kernel; `"cpu"`, `"cuda"`, `"triton"` or a name of `extra`.
 
     Raises:
         ValueError: no such implementation.

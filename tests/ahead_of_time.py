@@ -212,7 +212,7 @@ def main(target: str, *names: str) -> None:
     record(rows)
     for name in names or CALLS:
         run, registers, shared = CALLS[name]
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)[: 3 if target == "cuda:90" else 2]:
             for T in LENGTHS:
                 rows.clear()
                 run(dtype, T)

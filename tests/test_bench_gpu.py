@@ -123,7 +123,7 @@ def test_a_case(case, calls):
     runner = measure.Runner(case, GPU, measure.EFFORTS["tiny"])
     measure.measure(runner, Benchmark())
     kept = results.record(runner)
-    assert not runner.failures and kept["input_sets"] > 1 or case.op == "cache_attention"
+    assert not runner.failures and (kept["input_sets"] > 1 or case.op == "cache_attention")
     for entry in kept["contenders"]:
         assert entry["host_ms"] > 0 and entry["extra_bytes"] is not None and entry["rounds"] >= 2
     assert ("_sleep" in calls) == (case.op != "training")

@@ -191,9 +191,10 @@ def test_hidden_states_of_any_size(run, impl, size):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_more_thetas_than_one_pass_takes(run, impl):
+@pytest.mark.parametrize("thetas, windows", [(11, [3, 50, 90]), (2, [1, 2, 5, 9, 14, 30, 50, 70, 77, 90, 130, 500])])
+def test_more_than_one_pass_takes(run, impl, thetas, windows):
     hidden, next_ids = stream(140, 9, 4)
-    options = dict(theta=[0.1 * k for k in range(11)], window=[3, 50, 90])
+    options = dict(theta=[0.1 * k for k in range(thetas)], window=windows)
     exact = cache_attention(hidden.double(), next_ids, impl="reference", **options)
     plain = cache_attention(hidden, next_ids, impl="reference", **options)
     assert_accurate(run(impl, hidden, next_ids, **options), plain, exact)

@@ -21,7 +21,7 @@ from gpu_table import (
     weights,
 )
 
-from fastlm import _lib
+from fastlm import _lib, testing
 
 
 def warm(case, inputs, grads, impl):
@@ -37,8 +37,11 @@ def warm(case, inputs, grads, impl):
 
 
 @runs("cuda", named=OURS)
-def test_cuda_graph(device, case, impl):
-    inputs, grads = drawn(case, device)
+@pytest.mark.parametrize("kind", testing.DTYPES, ids=str)
+def test_cuda_graph(device, case, impl, kind):
+    if kind not in dtypes(case, device):
+        pytest.skip(f"{case.op} has no {kind}")
+    inputs, grads = drawn(case, device, kind)
     _, expected = warm(case, inputs, grads, impl)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -80,7 +83,7 @@ def test_cuda_graph_draws_fresh_masks(device, case, impl):
 def test_side_stream(device, case, impl):
     inputs, grads = drawn(case, device)
     stream, expected = warm(case, inputs, grads, impl)
-    torch.cuda._sleep(500_000_000)  # a quarter of a second on the default stream
+    torch.cuda._sleep(100_000_000)  # a twentieth of a second, or more, on the default stream
     done = torch.cuda.Event()
     done.record()
     with torch.cuda.stream(stream):
@@ -102,10 +105,13 @@ def no_synchronisation():
 
 
 @runs("cuda", named=OURS)
-def test_the_host_waits_for_nothing(device, case, impl):
-    inputs, grads = drawn(case, device)
+@pytest.mark.parametrize("kind", testing.DTYPES, ids=str)
+def test_the_host_waits_for_nothing(device, case, impl, kind):
+    if kind not in dtypes(case, device):
+        pytest.skip(f"{case.op} has no {kind}")
+    inputs, grads = drawn(case, device, kind)
     warm(case, inputs, grads, impl)
-    fresh = draw(case, *SIZES[device], torch.float32, device, drawn=True)
+    fresh = draw(case, *SIZES[device], kind, device, drawn=True)
     with no_synchronisation():
         outcome(case, inputs, grads, impl)
         if case.random:

@@ -4,6 +4,8 @@ Their values are tested with those of the other implementations, in the file of 
 where there is no GPU.
 """
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -99,3 +101,33 @@ def test_products_of_float32_are_tf32_where_pytorchs_are(setting, precision):
         assert _precision("cuda") == precision
     finally:
         matmul.fp32_precision = before
+
+
+@needs_triton
+@pytest.mark.skipif(not (_lib.interpreting or torch.cuda.is_available()), reason="no interpreter and no GPU")
+def test_logits_without_room_behind_their_rows():
+    """The chunk loop gives them some; the operator is right without it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits, target = torch.randn(5, 37, device=device), torch.randint(37, (5,), device=device)
+    gradient = torch.ops.fastlm.linear_cross_entropy_gradient_
+    ours, wanted = logits.clone(), logits.clone()
+    loss = gradient.triton(ours, None, target, None, -100, 0.1)
+    torch.testing.assert_close(loss, gradient.default(wanted, None, target, None, -100, 0.1))
+    torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("name", ["triton", "pytorch-triton-rocm"])
+@pytest.mark.parametrize("version, missing", [("3.5.1", "too old"), ("3.6.0+rocm", None), ("3.10rc1", None)])
+def test_which_triton_is_there(monkeypatch, name, version, missing):
+    def found(asked):
+        if asked != name:
+            raise importlib.metadata.PackageNotFoundError(asked)
+        return version
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    monkeypatch.setattr(_lib, "interpreting", False)
+    monkeypatch.setattr(_lib.shutil, "which", lambda _: "/usr/bin/cc")
+    assert (missing or "None") in str(_lib._triton_missing())
+    monkeypatch.setattr(_lib.shutil, "which", lambda _: None)
+    assert missing or sys.platform != "linux" or "C compiler" in _lib._triton_missing()

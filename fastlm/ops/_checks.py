@@ -52,8 +52,11 @@ def within(name: str, x: torch.Tensor, low: int, high: int, what: str) -> None:
 
 
 def probability(name: str, p: float) -> float:
-    """Return `p` as a float; raise ValueError unless it lies in [0, 1]."""
-    p = float(p)
+    """Return `p` as a float; raise TypeError unless it is a number, ValueError unless it lies in [0, 1]."""
+    try:
+        p = float(p)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {p!r}") from None
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {p}")
     return p

@@ -146,7 +146,8 @@ def cache_attention(
     Returns:
         `(log_mass, log_norm)`, each `[n_windows, n_thetas, N]` float32 (float64 for float64 input), in the order of the
         arguments: log of the summed weights of the pairs with row t's next word, and of all pairs. The cache gives the
-        next word the probability `exp(log_mass - log_norm)`; where `log_norm` is -inf the window was empty.
+        next word the probability `exp(log_mass - log_norm)`; where `log_norm` is -inf the window was empty. Rows that
+        see a NaN, or an infinity that some implementation multiplies to one, are NaN.
 
     Raises:
         ValueError: wrong shape, theta or window, ids beyond 32 bits, or an input that requires a gradient:

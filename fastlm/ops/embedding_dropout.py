@@ -9,7 +9,6 @@ arXiv 1708.02182, section 4.3.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlm import _lib
 from fastlm.ops import _checks, philox
@@ -23,18 +22,23 @@ _KERNELS = ("embedding_dropout_fwd", "embedding_dropout_bwd")
 _lib.declare("embedding_dropout", triton=_KERNELS)
 
 
-def _rows(ids, count, p, seed, dtype):
+def _rows(ids, count, p, seed, dtype, masked_by="auto"):
     """The factor [..., 1] of each row looked up."""
-    mask = dropconnect_mask((count,), p, seed, stream=philox.EMBEDDING)
+    mask = dropconnect_mask((count,), p, seed, stream=philox.EMBEDDING, impl=masked_by)
     return (mask.to(dtype) * philox.scale(p))[ids].unsqueeze(-1)
 
 
 def reference(
-    weight: torch.Tensor, ids: torch.Tensor, p: float, seed: torch.Tensor, padding_idx: int | None = None
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    padding_idx: int | None = None,
+    masked_by: str = "reference",
 ) -> torch.Tensor:
-    """The lookup times the mask of its rows, differentiable."""
+    """The lookup times the mask of its rows, differentiable; the fallback has the mask from its kernel, "auto"."""
     rows = torch.nn.functional.embedding(ids, weight, padding_idx)
-    return rows * _rows(ids, len(weight), p, seed, weight.dtype)
+    return rows * _rows(ids, len(weight), p, seed, weight.dtype, masked_by)
 
 
 def _adjoint(grad, ids, count, p, seed, padding_idx):
@@ -42,7 +46,7 @@ def _adjoint(grad, ids, count, p, seed, padding_idx):
     return torch.ops.aten.embedding_dense_backward(rows, ids, count, padding_idx, False)
 
 
-_lib.reference("embedding_dropout_fwd", reference)
+_lib.reference("embedding_dropout_fwd", lambda *args: reference(*args, masked_by="auto"))
 _lib.reference("embedding_dropout_bwd", _adjoint)
 _lib.fake("embedding_dropout_fwd", lambda weight, ids, p, seed: weight.new_empty(*ids.shape, weight.shape[1]))
 _lib.fake("embedding_dropout_bwd", lambda grad, ids, count, *_: grad.new_empty(count, grad.shape[-1]))
@@ -60,11 +64,24 @@ class _EmbeddingDropout(torch.autograd.Function):
         ctx.save_for_backward(ids, seed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         ids, seed = ctx.saved_tensors
-        bwd = _lib.kernel("embedding_dropout_bwd", ctx.impl)
-        return bwd(grad, ids, ctx.count, ctx.p, seed, ctx.padding_idx), None, None, None, None, None
+        options = (ctx.count, ctx.p, seed, ctx.padding_idx, ctx.impl)
+        return _Adjoint.apply(grad, ids, *options), None, None, None, None, None
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(grad, ids, count, p, seed, padding_idx, impl):
+        return _lib.kernel("embedding_dropout_bwd", impl)(grad, ids, count, p, seed, padding_idx)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("embedding_dropout has no second derivative; impl='reference' has")
 
 
 def embedding_dropout(
@@ -99,6 +116,8 @@ def embedding_dropout(
     _checks.same("ids", ids, "weight", weight, dtype=False)
     _checks.within("ids", ids, 0, count, "the vocabulary")
     p = _checks.probability("p", p)
+    if padding_idx is not None and not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx must be an int or None, got {padding_idx!r}")
     if padding_idx is not None and not 0 <= padding_idx < count:
         raise ValueError(f"padding_idx must lie in [0, {count}), the vocabulary, got {padding_idx}")
     chosen = _lib.resolve("embedding_dropout", impl, weight)
@@ -106,5 +125,5 @@ def embedding_dropout(
         seed = philox.draw_seed(weight.device)
     _checks.seed(seed, weight)
     if chosen in ("reference", "fallback"):  # which keeps the mask for the backward pass: quicker than drawing it again
-        return reference(weight, ids, p, seed, padding_idx)
+        return reference(weight, ids, p, seed, padding_idx, "reference" if chosen == "reference" else "auto")
     return _EmbeddingDropout.apply(weight, ids, p, seed, -1 if padding_idx is None else padding_idx, chosen)

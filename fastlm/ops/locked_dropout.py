@@ -18,13 +18,13 @@ _lib.define("locked_dropout_fwd(Tensor x, float p, Tensor seed) -> Tensor")
 _lib.declare("locked_dropout", triton=("locked_dropout_fwd",))
 
 
-def reference(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """The product with the mask, differentiable."""
-    mask = dropconnect_mask(x.shape[1:], p, seed, stream=philox.LOCKED)
+def reference(x: torch.Tensor, p: float, seed: torch.Tensor, masked_by: str = "reference") -> torch.Tensor:
+    """The product with the mask, differentiable; the fallback has the mask from its kernel, `masked_by="auto"`."""
+    mask = dropconnect_mask(x.shape[1:], p, seed, stream=philox.LOCKED, impl=masked_by)
     return x * (mask.to(x.dtype) * philox.scale(p))
 
 
-_lib.reference("locked_dropout_fwd", lambda x, p, seed: reference(x, p, seed).contiguous())
+_lib.reference("locked_dropout_fwd", lambda x, p, seed: reference(x, p, seed, "auto").contiguous())
 _lib.fake("locked_dropout_fwd", lambda x, p, seed: x.new_empty(x.shape))
 
 
@@ -67,5 +67,5 @@ def locked_dropout(x: torch.Tensor, p: float, seed: torch.Tensor | None = None, 
         seed = philox.draw_seed(x.device)
     _checks.seed(seed, x)
     if chosen in ("reference", "fallback"):  # which keeps the mask for the backward pass: quicker than drawing it again
-        return reference(x, p, seed)
+        return reference(x, p, seed, "reference" if chosen == "reference" else "auto")
     return _LockedDropout.apply(x, p, seed, chosen)

@@ -9,6 +9,8 @@ weight is nothing beside the best one keeps its logarithm.
 float32 rows are multiplied as float16: x 2^s = high + low, 22 bits of x, and three of the four products.
 """
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -17,7 +19,7 @@ import triton.language as tl
 from fastlm.triton.common import cdiv, hardware, launch
 
 ROWS = 128  # of a program
-MOST_THETAS = 8  # of one walk: 16 sums for every row
+MOST_THETAS, MOST_WINDOWS = 8, 8  # of one walk: 16 sums for every row; more windows compile long, and spill at 32
 LOG2E = tl.constexpr(1.4426950408889634)
 BEFORE = tl.constexpr(128)  # unused places before the ids and units, for the columns of a tile before all keys
 
@@ -256,11 +258,11 @@ def cache_attention(hidden, next_ids, memory, memory_ids, start, theta, window):
     inputs = (*_packed(hidden, memory, pitch), ids, None if start is None else start.contiguous())
     options = dict(ROWS=ROWS, KEYS=keys, PARTS=parts, PITCH=pitch, DEPTH=depth)
     options |= dict(num_warps=8, num_stages=stages, fp_fusion=True)
-    windows = _padded([float(x >> 24) for x in window]), _padded([float(x % 2**24) for x in window])
-    for first in range(0, len(theta), MOST_THETAS):
-        thetas = _padded(theta[first : first + MOST_THETAS])
-        tensors = (*inputs, log_mass[:, first:], log_norm[:, first:])
-        sizes = (past, rows, len(theta) * rows, min(len(theta) - first, MOST_THETAS), len(window))
-        lists = dict(THETAS=len(thetas), WINDOWS=len(windows[0]))
-        launch(_walk, cdiv(rows, ROWS), *tensors, *sizes, thetas, windows, **lists, **options)
+    for i, j in product(range(0, len(theta), MOST_THETAS), range(0, len(window), MOST_WINDOWS)):
+        thetas, reaches = theta[i : i + MOST_THETAS], window[j : j + MOST_WINDOWS]
+        windows = _padded([float(x >> 24) for x in reaches]), _padded([float(x % 2**24) for x in reaches])
+        tensors = (*inputs, log_mass[j:, i:], log_norm[j:, i:])
+        sizes = (past, rows, len(theta) * rows, len(thetas), len(reaches))
+        lists = dict(THETAS=len(_padded(thetas)), WINDOWS=len(windows[0]))
+        launch(_walk, cdiv(rows, ROWS), *tensors, *sizes, _padded(thetas), windows, **lists, **options)
     return log_mass, log_norm

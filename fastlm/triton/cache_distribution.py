@@ -25,7 +25,7 @@ def _weight(score, top, theta):
     return tl.exp2((0.5 * score - 0.5 * top) * (theta * (2.0 * LOG2E)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "W"])
 def _scores(
     query, keys, ids, count, scores, tops, totals, wrong, theta, runs: tl.int64, W: tl.int64, D: tl.int64, V: tl.int64,
     DEPTH: tl.constexpr,
@@ -50,7 +50,7 @@ def _scores(
     tl.store(wrong + 1, 1, mask=(given < 0) | (given > W))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "W"])
 def _scatter(
     ids, count, scores, tops, totals, norms, sums, theta, runs: tl.int64, W: tl.int64, V: tl.int64,
     ENTRIES: tl.constexpr, RUNS: tl.constexpr,

@@ -14,7 +14,7 @@ EMBEDDING = tl.constexpr(3)  # stream of the mask generator
 ROWS, BLOCK = 4, 128
 
 
-@triton.jit(do_not_specialize=["N", "V", "least"], debug=True)
+@triton.jit(do_not_specialize=["N", "V", "least"], do_not_specialize_on_alignment=["ids"], debug=True)
 def _scale_rows(
     x, ids, out, seed, N: tl.int64, V: tl.int64, RUNS: tl.int64, least: tl.int64, factor,
     LOOKUP: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -114,6 +114,11 @@ def _long_row(
 
 def linear_cross_entropy_gradient_(logits, bias, target, scale, ignore_index, label_smoothing):
     (rows, classes), room = logits.shape, logits.stride(0)
+    if room % PAD.value:  # not from the loop over chunks
+        space = logits.new_empty(rows, cdiv(classes, PAD.value) * PAD.value)[:, :classes].copy_(logits)
+        loss = linear_cross_entropy_gradient_(space, bias, target, scale, ignore_index, label_smoothing)
+        logits.copy_(space)
+        return loss
     loss = logits.new_empty(rows, dtype=torch.float32)
     if bias is not None and classes < room:
         bias = F.pad(bias, (0, room - classes))

@@ -100,7 +100,12 @@ def lstm_fwd(projected, w_hh, h0, c0, seed, p, reverse, keep):
     y = projected.new_empty(T, B, H)
     cells = projected.new_empty(T if keep else 0, B, H, dtype=torch.float32)
     if y.numel() == 0:
-        return y, h0.clone(), c0.clone(), cells
+        return (
+            y,
+            h0.clone(memory_format=torch.contiguous_format),
+            c0.clone(memory_format=torch.contiguous_format),
+            cells,
+        )
     w = _masked(w_hh, projected.dtype, seed, p).t()
     h, c = h0.to(y.dtype), c0.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     wide = torch.empty_like(c) if h0.dtype != y.dtype else None
