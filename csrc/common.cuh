@@ -1,8 +1,14 @@
-// What the CUDA launchers share: the current stream, dtype access in fp32, grids.
+// What the CUDA sources share: dtype access in fp32 and grids; for the host functions, which the emulator leaves out,
+// the current stream.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#ifdef FASTLM_EMULATED
+#include "dtype.h"
+#include "emulator.h"
+#else
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -17,6 +23,11 @@ inline cudaStream_t current_stream(const Tensor& x) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
+
+}  // namespace fastlm
+#endif
+
+namespace fastlm {
 
 // Blocks for one thread per item; 32 per multiprocessor of the largest device are enough to fill it.
 inline unsigned grid(int64_t items, int64_t threads) {

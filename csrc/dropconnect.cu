@@ -32,6 +32,13 @@ __global__ void dropconnect_mask_kernel(bool* out, int64_t count, double p, cons
   }
 }
 
+}  // namespace
+}  // namespace fastlm
+
+#ifndef FASTLM_EMULATED
+namespace fastlm {
+namespace {
+
 template <typename T>
 void launch_dropconnect_fwd(const Tensor& weight, Tensor& out, double p, const Tensor& seed) {
   const int64_t count = weight.numel();
@@ -70,3 +77,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m) {
   m.impl("dropconnect_fwd", TORCH_BOX(&fastlm::fwd));
   m.impl("dropconnect_mask", TORCH_BOX(&fastlm::mask));
 }
+#endif

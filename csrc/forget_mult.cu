@@ -82,6 +82,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
+}  // namespace
+}  // namespace fastlm
+
+#ifndef FASTLM_EMULATED
+namespace fastlm {
+namespace {
+
 void check(const Tensor& f, const Tensor& x, const std::optional<Tensor>& h0) {
   STD_TORCH_CHECK(f.dim() == 3 && x.sizes().equals(f.sizes()), "f and x must have one shape [T, B, H]");
   STD_TORCH_CHECK(x.scalar_type() == f.scalar_type(), "x must have the dtype of f");
@@ -148,3 +155,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m) {
   m.impl("forget_mult_fwd", TORCH_BOX(&fastlm::fwd));
   m.impl("forget_mult_bwd", TORCH_BOX(&fastlm::bwd));
 }
+#endif
