@@ -22,23 +22,28 @@ enum class Exchange : int {
   cluster,    // the layer in one cluster, through its shared memory
 };
 
-// An instantiation of a kernel. `split`: float32 as float16 high + low.
+// An instantiation of a kernel. `split`: float32 as float16 high + low. Of the column tiles of a warp, `kept` have
+// their weights in registers, and `wave` are fetched at a time.
 struct Tiling {
   bool split;
-  int tiles, kept, columns;
+  int tiles, kept, wave, columns;
 };
 
+// What 255 registers hold: 4 * tiles * kept of weights, 2 (split: 4) * wave * columns of what is fetched, and
+// 4 * tiles * columns of sums.
 constexpr Tiling kForward[] = {
-    {false, 1, 5, 1}, {false, 1, 5, 3}, {false, 2, 9, 1}, {false, 2, 9, 3}, {false, 3, 9, 1}, {false, 3, 9, 3},
-    {false, 4, 8, 1}, {false, 4, 7, 3}, {false, 8, 4, 1},  //
-    {true, 1, 5, 1},  {true, 1, 5, 2},  {true, 2, 9, 1},  {true, 2, 7, 2},  {true, 3, 9, 1},  {true, 3, 6, 2},
+    {false, 1, 5, 5, 1}, {false, 1, 5, 5, 3}, {false, 2, 9, 9, 1}, {false, 2, 9, 9, 3}, {false, 3, 9, 9, 1},
+    {false, 3, 6, 9, 3}, {false, 4, 8, 8, 1}, {false, 4, 6, 6, 3}, {false, 8, 4, 5, 1},  //
+    {true, 1, 5, 5, 1},  {true, 1, 5, 5, 2},  {true, 2, 9, 9, 1},  {true, 2, 7, 7, 2},  {true, 3, 9, 9, 1},
+    {true, 3, 6, 6, 2},
 };
-constexpr Tiling kMulticast[] = {{false, 3, 9, 3}, {false, 3, 9, 5}};
-constexpr Tiling kCluster[] = {{false, 7, 4, 1}, {false, 7, 4, 3}};
+constexpr Tiling kMulticast[] = {{false, 3, 9, 9, 3}, {false, 3, 9, 9, 5}};
+constexpr Tiling kCluster[] = {{false, 7, 4, 4, 1}, {false, 7, 3, 3, 3}};
 constexpr Tiling kBackward[] = {
-    {false, 1, 9, 1}, {false, 1, 9, 3}, {false, 2, 9, 1}, {false, 2, 9, 3}, {false, 5, 5, 1}, {false, 5, 5, 3},
-    {false, 8, 3, 1},  //
-    {true, 1, 9, 1},  {true, 1, 5, 2},  {true, 2, 9, 1},  {true, 2, 5, 2},  {true, 5, 5, 1},  {true, 5, 4, 2},
+    {false, 1, 9, 9, 1}, {false, 1, 9, 9, 3}, {false, 2, 9, 9, 1}, {false, 2, 9, 9, 3},
+    {false, 5, 5, 5, 1}, {false, 5, 5, 5, 3}, {false, 8, 3, 4, 1},  //
+    {true, 1, 9, 9, 1},  {true, 1, 5, 5, 2},  {true, 2, 9, 9, 1},  {true, 2, 5, 5, 2},
+    {true, 5, 5, 5, 1},  {true, 5, 4, 4, 2},
 };
 
 // What a plan may use.
@@ -96,18 +101,37 @@ constexpr int64_t stage_bytes(const Tiling& t) { return whole_lines((t.split ? 4
 constexpr int sum_pitch(const Tiling& t) { return 16 * t.tiles + 4; }
 constexpr int64_t sum_bytes(const Tiling& t) { return whole_lines(4 * kWarps * 8 * t.columns * sum_pitch(t)); }
 
+constexpr int kInputs = 7;  // backward, floats that a thread brings for its next turn
+
 // What the ranks of a cluster hand to one of them.
 constexpr int64_t inbox_bytes(const Plan& p) { return whole_lines(4 * p.slices * p.units * 8 * p.tiling.columns); }
 
+constexpr int operands_in_shared(const Plan& p) {
+  return p.exchange == Exchange::multicast ? 2 : p.exchange == Exchange::cluster ? 2 * p.passes : 0;
+}
+
+// While the weights come in, what will be kept and a column tile of every warp lie there.
+constexpr int64_t kept_bytes(const Tiling& t, int depth) {
+  return kWarps * kFragment * t.tiles * smaller(t.kept, depth);
+}
+constexpr int64_t load_bytes(const Tiling& t, int depth) {
+  return larger(tail_bytes(t, depth), kept_bytes(t, depth)) + stage_bytes(t);
+}
+
 constexpr int64_t forward_shared(const Plan& p, int64_t H) {
-  const int operands = p.exchange == Exchange::multicast ? 2 : p.exchange == Exchange::cluster ? 2 * p.passes : 0;
-  return 128 + tail_bytes(p.tiling, p.depth) + state_bytes(p.passes, 2 * pairs(p.tiling)) +
-         operands * operand_bytes(p.tiling, H) + larger(p.sides * sum_bytes(p.tiling), stage_bytes(p.tiling));
+  const Tiling& t = p.tiling;
+  const int64_t states = state_bytes(p.passes, 2 * pairs(t)) + state_bytes(1, 8 * pairs(t));
+  const int64_t operands = operands_in_shared(p) * operand_bytes(t, H);
+  const int64_t steps = tail_bytes(t, p.depth) + states + operands + p.sides * sum_bytes(t);
+  return 128 + larger(steps, load_bytes(t, p.depth));
 }
 
 constexpr int64_t backward_shared(const Plan& p) {
-  return 128 + tail_bytes(p.tiling, p.depth) + state_bytes(p.passes, 2) + (p.cluster > 1 ? 2 * inbox_bytes(p) : 0) +
-         larger(p.sides * sum_bytes(p.tiling), stage_bytes(p.tiling));
+  const Tiling& t = p.tiling;
+  const int64_t states = state_bytes(p.passes, 2) + state_bytes(1, kInputs);
+  const int64_t inbox = p.cluster > 1 ? 2 * inbox_bytes(p) : 0;
+  const int64_t steps = tail_bytes(t, p.depth) + states + inbox + p.sides * sum_bytes(t);
+  return 128 + larger(steps, load_bytes(t, p.depth));
 }
 
 // ---- The time of a step ---------------------------------------------------------------------------------------------

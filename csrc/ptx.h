@@ -37,6 +37,15 @@ struct Site {  // nothing on a GPU
 FASTLM_PTX uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 #endif
 
+// threadIdx.x, read anew at every call: what follows from it is not kept in registers that other things need.
+FASTLM_PTX int thread() {
+  FASTLM_EITHER(int(threadIdx.x), {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+  });
+}
+
 // ---- Barriers of a block
 
 FASTLM_PTX void sync_block(Site site = Site::current()) { FASTLM_EITHER(emulator::sync_block(site), __syncthreads()); }

@@ -18,7 +18,7 @@ MAX_REGISTERS = 64  # these kernels live on bandwidth: 64 registers keep four bl
 @pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*.cu")), ids=lambda path: path.stem)
 def test_resources(source, arch, tmp_path):
     include = ["-isystem", str(TORCH / "include")]
-    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--expt-relaxed-constexpr"]
     command = ["nvcc", "-std=c++20", "-O3", f"-arch={arch}", "--cubin", "-Xptxas", "-v", *include, *defines]
     done = subprocess.run([*command, str(source), "-o", str(tmp_path / "a.cubin")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
