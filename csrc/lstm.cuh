@@ -115,8 +115,8 @@ FASTLM_DEVICE void clear(float (&sums)[MT][NT][4]) {
 }
 
 // The fragments of `count` column tiles from `from` on, until all words have come; rows from `rows` on are not fetched.
-template <bool SPLIT, int WAVE, int NT>
-FASTLM_DEVICE void fetch(Words<SPLIT> (&columns)[WAVE][NT], const uint32_t* from, int count, int rows) {
+template <bool SPLIT, int WAVE, int NT, typename See>
+FASTLM_DEVICE void fetch(Words<SPLIT> (&columns)[WAVE][NT], const uint32_t* from, int count, int rows, See see) {
   const int lane = thread() % 32;
 #pragma unroll
   for (int kk = 0; kk < WAVE; ++kk)
@@ -135,6 +135,10 @@ FASTLM_DEVICE void fetch(Words<SPLIT> (&columns)[WAVE][NT], const uint32_t* from
 #pragma unroll
       for (int n = 0; n < NT; ++n) waiting |= columns[kk][n].absent();
   } while (ptx::any(waiting));
+#pragma unroll
+  for (int kk = 0; kk < WAVE; ++kk)
+#pragma unroll
+    for (int n = 0; n < NT; ++n) see(columns[kk][n]);
 }
 
 // The 16 x 16 tiles of a warp, `kept` in registers, the others in shared memory.
@@ -261,11 +265,12 @@ struct Weights {
 
   FASTLM_DEVICE static void unpack(const uint4& x, uint32_t (&a)[4]) { a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w; }
 
-  // sums = all `depth` column tiles of the warp times those of a portion of the exchange, of which `count` hold units.
-  template <int WAVE, int NT>
-  FASTLM_DEVICE void multiply_exchanged(float (&sums)[MT][NT][4], const uint32_t* from, int count, int rows) const {
+  // sums = the column tiles of the warp times the `count` of them that the exchange has; see(words) sees each fragment.
+  template <int WAVE, int NT, typename See>
+  FASTLM_DEVICE void multiply_exchanged(float (&sums)[MT][NT][4], const uint32_t* from, int count, int rows,
+                                        See see) const {
     Words<SPLIT> columns[WAVE][NT];
-    fetch(columns, from, count, rows);
+    fetch(columns, from, count, rows, see);
     clear(sums);  // not before: these registers are not there while the words come in
 #pragma unroll
     for (int k = 0; k < KEPT; ++k)
@@ -275,7 +280,7 @@ struct Weights {
       if (k < count) multiply<false>(sums, columns[k], k);
 #pragma unroll 1
     for (int first = WAVE; first < count; first += WAVE) {
-      fetch(columns, from + first * NT * 32 * words_of(SPLIT), count - first, rows);
+      fetch(columns, from + first * NT * 32 * words_of(SPLIT), count - first, rows, see);
 #pragma unroll
       for (int k = 0; k < WAVE; ++k)
         if (first + k < count) multiply<false>(sums, columns[k], first + k);

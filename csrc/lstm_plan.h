@@ -41,7 +41,7 @@ constexpr Tiling kMulticast[] = {{false, 3, 9, 9, 3}, {false, 3, 9, 9, 5}};
 constexpr Tiling kCluster[] = {{false, 7, 4, 4, 1}, {false, 7, 3, 3, 3}};
 constexpr Tiling kBackward[] = {
     {false, 1, 9, 9, 1}, {false, 1, 9, 9, 3}, {false, 2, 9, 9, 1}, {false, 2, 9, 9, 3},
-    {false, 5, 5, 5, 1}, {false, 5, 5, 5, 3}, {false, 8, 3, 4, 1},  //
+    {false, 5, 5, 5, 1}, {false, 5, 4, 5, 3}, {false, 8, 3, 4, 1},  //
     {true, 1, 9, 9, 1},  {true, 1, 5, 5, 2},  {true, 2, 9, 9, 1},  {true, 2, 5, 5, 2},
     {true, 5, 5, 5, 1},  {true, 5, 4, 4, 2},
 };
@@ -84,7 +84,8 @@ constexpr int64_t tail_bytes(const Tiling& t, int depth) {
   return kWarps * kFragment * t.tiles * (beyond + (t.split ? depth : 0));
 }
 
-// What a thread remembers of a portion of the batch: forward the cells of its pairs of units, backward dc and dh.
+// What a thread remembers of a portion of the batch: forward the cells of its pairs of units, backward dc, dh and the
+// largest gradient that it has seen.
 constexpr int pairs(const Tiling& t) { return int(ceil_div(16 * t.tiles * t.columns, kThreads)); }
 constexpr int64_t state_bytes(int passes, int floats) { return int64_t{4} * kThreads * floats * passes; }
 
@@ -101,7 +102,7 @@ constexpr int64_t stage_bytes(const Tiling& t) { return whole_lines((t.split ? 4
 constexpr int sum_pitch(const Tiling& t) { return 16 * t.tiles + 4; }
 constexpr int64_t sum_bytes(const Tiling& t) { return whole_lines(4 * kWarps * 8 * t.columns * sum_pitch(t)); }
 
-constexpr int kInputs = 7;  // backward, floats that a thread brings for its next turn
+constexpr int kInputs = 8;  // backward, floats that a thread brings for its next turn
 
 // What the ranks of a cluster hand to one of them.
 constexpr int64_t inbox_bytes(const Plan& p) { return whole_lines(4 * p.slices * p.units * 8 * p.tiling.columns); }
@@ -128,7 +129,7 @@ constexpr int64_t forward_shared(const Plan& p, int64_t H) {
 
 constexpr int64_t backward_shared(const Plan& p) {
   const Tiling& t = p.tiling;
-  const int64_t states = state_bytes(p.passes, 2) + state_bytes(1, kInputs);
+  const int64_t states = state_bytes(p.passes, 3) + state_bytes(1, kInputs);
   const int64_t inbox = p.cluster > 1 ? 2 * inbox_bytes(p) : 0;
   const int64_t steps = tail_bytes(t, p.depth) + states + inbox + p.sides * sum_bytes(t);
   return 128 + larger(steps, load_bytes(t, p.depth));

@@ -104,8 +104,8 @@ struct Global : Way<SPLIT, MT, NT> {
     if (count <= 0) return clear(sums);
     if (a.plan.exchange == Exchange::flags && turn.step > 0)
       this->wait_for_units(turn, 16 * first, 16 * (first + count) - 1);
-    weights.template multiply_exchanged<WAVE>(sums, exchanged(turn.step, turn.portion) + first * TILE, count,
-                                              turn.rows);
+    weights.template multiply_exchanged<WAVE>(sums, exchanged(turn.step, turn.portion) + first * TILE, count, turn.rows,
+                                              [](const auto&) {});
   }
 
   FASTLM_DEVICE void publish(const Turn& turn, int row, int unit, const uint32_t (&words)[2]) {

@@ -120,6 +120,12 @@ FASTLM_PTX int uniform(int x, Site site = Site::current()) {
   FASTLM_EITHER(emulator::shuffle(x, 0, site), return __shfl_sync(0xFFFFFFFFu, x, 0));
 }
 
+// Of two pairs of unsigned 16-bit numbers the larger ones.
+FASTLM_PTX uint32_t max_pairs(uint32_t a, uint32_t b) {
+  FASTLM_EITHER((a >> 16 > b >> 16 ? a : b) >> 16 << 16 | ((a & 0xFFFF) > (b & 0xFFFF) ? a & 0xFFFF : b & 0xFFFF),
+                return __vmaxu2(a, b));
+}
+
 // ---- Asynchronous copies of a thread: 16 aligned bytes each, zeros when not inside, in groups that complete in order
 
 FASTLM_PTX void copy_async_16(void* shared, const void* global, bool inside = true, Site site = Site::current()) {
