@@ -250,8 +250,8 @@ FASTLM_PTX unsigned cluster_rank() {
 
 // The same place in the shared memory of another block of the cluster, for plain loads and stores.
 template <typename T>
-FASTLM_PTX T* map_rank(T* mine, unsigned rank) {
-  FASTLM_EITHER(emulator::map_rank(mine, rank), {
+FASTLM_PTX T* map_rank(T* mine, unsigned rank, Site site = Site::current()) {
+  FASTLM_EITHER(static_cast<T*>(emulator::map_rank(mine, rank, site)), {
     T* theirs = nullptr;
     FASTLM_SM90(asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank)));
     return theirs;
