@@ -202,7 +202,7 @@ struct Weights {
       const int64_t quad = (r.first >> 2) + item % QUADS;
       const int begin = int(4 * quad - r.first);
       float4 w{};
-      if (begin < r.count) {
+      if (max(begin, 0) < r.count) {
         w = load_quad(from.weight, quad, from.dtype);
         if (from.seed != nullptr) {
           const Philox x = philox_block(key, uint64_t(quad), kWeightStream);

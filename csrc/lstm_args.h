@@ -69,14 +69,6 @@ ForwardKernel forward_begin_kernel();
 BackwardKernel backward_kernel(const Plan& plan);
 BackwardKernel backward_begin_kernel();
 
-// The launches on a stream; cudaErrorCooperativeLaunchTooLarge where the blocks cannot run at once.
-cudaError_t run_forward(const Forward& args, cudaStream_t stream);
-cudaError_t run_backward(const Backward& args, cudaStream_t stream);
-
-// How many blocks of a plan's kernel run at once on the current device, as the driver says.
-int resident_forward(const Plan& plan);
-int resident_backward(const Plan& plan);
-
 template <typename Kernel, const auto& TILINGS, typename Make, size_t... I>
 Kernel find_kernel(const Tiling& t, Make make, std::index_sequence<I...>) {
   Kernel found = nullptr;
@@ -88,6 +80,14 @@ Kernel find_kernel(const Tiling& t, Make make, std::index_sequence<I...>) {
 }
 
 #ifndef FASTLM_EMULATED
+// The launches on a stream; cudaErrorCooperativeLaunchTooLarge where the blocks cannot run at once.
+cudaError_t run_forward(const Forward& args, cudaStream_t stream);
+cudaError_t run_backward(const Backward& args, cudaStream_t stream);
+
+// How many blocks of a plan's kernel run at once on the current device, as the driver says.
+int resident_forward(const Plan& plan);
+int resident_backward(const Plan& plan);
+
 // Cooperative, for the blocks of the plan wait for one another, and in its clusters.
 template <typename Args>
 cudaError_t configure(void (*kernel)(const Args), const Plan& plan, cudaLaunchConfig_t& config,

@@ -111,6 +111,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_forward_kernel(const Forward
         for (int j = 0; j < 2; ++j) {
           float (&s)[4] = gates[i][j];
 #pragma unroll
+          for (int gate = 0; gate < 4; ++gate) s[gate] = inputs[((i * 2 + j) * 4 + gate) * kThreads];
+#pragma unroll
           for (int w = 0; w < kWarps; ++w) {
             const float* from = partial + (w * 8 * NT + at.row) * PITCH + (at.unit - unit0 + j) * 4;
             const float4 x = *reinterpret_cast<const float4*>(from);

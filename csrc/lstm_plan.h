@@ -11,7 +11,10 @@
 
 namespace fastlm::lstm {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
+#ifndef FASTLM_LSTM_WARPS  // a test has fewer, for which small layers are large
+#define FASTLM_LSTM_WARPS 8
+#endif
+constexpr int kWarps = FASTLM_LSTM_WARPS, kThreads = 32 * kWarps;
 constexpr int64_t kFragment = 512;  // bytes of one 16 x 16 tile of weights in the registers of a warp
 
 enum class Exchange : int {
