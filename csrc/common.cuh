@@ -5,10 +5,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#ifdef FASTLM_EMULATED
 #include "dtype.h"
-#include "emulator.h"
-#else
+#include "ptx.h"
+
+#ifndef FASTLM_EMULATED
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 

@@ -34,7 +34,7 @@ FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
 FLAGS += [f"-I{folder}" for folder in INCLUDE]
 ENGINE = ["-Wextra", "-fvisibility=hidden"]
 # The compiler then calls a function at every load and store; the program is linked without its runtime.
-WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+WATCHED = ["-fsanitize=thread,alignment", "--param", "tsan-instrument-func-entry-exit=0"]
 
 
 class Fault(AssertionError):
@@ -64,7 +64,7 @@ def _sources(path, found):
 @functools.cache
 def _toolchain():
     described = subprocess.run(["g++", "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
-    return hashlib.sha256(described.encode()).hexdigest() + " ".join(FLAGS)
+    return hashlib.sha256(described.encode()).hexdigest() + " ".join([*FLAGS, *ENGINE, *WATCHED])
 
 
 def _cached(name, sources, make):
@@ -114,7 +114,8 @@ def _unwatched(dump):
     return escaped
 
 
-def _compile(source, to):
+def compile_unit(source, to):
+    """Compile a source with each of its accesses watched."""
     dump = to.with_suffix(".dump")
     _call(["g++", *FLAGS, *WATCHED, f"-fdump-tree-optimized-lineno={dump}", "-c", source, "-o", to])
     escaped = _unwatched(dump.read_text())
@@ -130,7 +131,7 @@ def load(name):
         pytest.skip(f"the emulator needs more: {reason}")
     source = EMULATOR / f"{name}.cpp"
     objects = [_engine(part) for part in ("scheduler", "memory", "instructions", "mbarriers")]
-    objects.append(_cached(f"{name}.o", _sources(source, set()), lambda to: _compile(source, to)))
+    objects.append(_cached(f"{name}.o", _sources(source, set()), lambda to: compile_unit(source, to)))
     link = ["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *objects, "-ldl"]
     return Unit(_cached(f"{name}.so", objects, lambda to: _call([*link, "-o", to])))
 
@@ -217,12 +218,13 @@ class Unit:
             self.sites[site] = what
 
     def _with_lines(self, failure):
-        """The report with a source line for each @address of the code."""
+        """The report with the kernel's source line for each @address of the code."""
 
         def line(match):
-            command = ["addr2line", "-e", str(self.path), match[1]]
-            done = subprocess.run(command, capture_output=True, text=True).stdout.split(" ")[0].strip()
-            return done.rsplit("/", 1)[-1]
+            command = ["addr2line", "-i", "-e", str(self.path), match[1]]
+            done = subprocess.run(command, capture_output=True, text=True).stdout
+            lines = [frame.split(" ")[0].rsplit("/", 1)[-1] for frame in done.splitlines()]
+            return next((frame for frame in lines if not frame.startswith(("emulator.h", "ptx.h"))), lines[0])
 
         return re.sub(r"@([0-9a-f]+)\b", line, failure) if shutil.which("addr2line") else failure
 
@@ -234,8 +236,8 @@ def _tensor(raw, like):
 
 
 def source_line(site):
-    """The text of a call site's line, to tell sites apart in a test without counting lines."""
-    path, line, _ = site.rsplit(":", 2)
+    """The text of the line of a call site ("what path:line:column")."""
+    path, line, _ = site.split(" ", 1)[1].rsplit(":", 2)
     return Path(path).read_text().splitlines()[int(line) - 1].strip()
 
 

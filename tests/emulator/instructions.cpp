@@ -19,7 +19,11 @@ void Gathering::add(Thread& t) {
 
 namespace {
 
-std::unordered_map<const void*, Knowledge> released;  // what the last release of a word handed over
+struct Release {  // of a word, the last one
+  Knowledge knows;
+  uint32_t thread, time;
+};
+std::unordered_map<const void*, Release> released;
 
 std::string in(const char* what, const Site& site) { return std::string(" in ") + what + " at " + describe(site); }
 
@@ -405,9 +409,9 @@ void store(Word* p, Word x, const Site& site, bool releases) {
   access(p, sizeof x, Access::atomic_write, site);
   Thread& t = self();
   if (releases) {
-    Knowledge& k = released[p];
-    k = t.knows;
-    raise(k.seen, t.id, t.now);
+    Release& r = released[p];
+    r = {t.knows, t.id, t.now};
+    raise(r.knows.seen, t.id, t.now);
     ++t.now;
   } else {
     released.erase(p);
@@ -430,7 +434,11 @@ uint32_t load_acquire(const uint32_t* p, Site site) {
   access(p, 4, Access::atomic_read, site);
   if (keeps("load_acquire", site)) {
     const auto found = released.find(p);
-    if (found != released.end()) self().knows.learn(found->second);
+    Knowledge& mine = self().knows;
+    // Who knows of a release knows all that it handed over.
+    if (found != released.end() && time_of(mine.seen, found->second.thread) < found->second.time) {
+      mine.learn(found->second.knows);
+    }
   }
   return *p;
 }

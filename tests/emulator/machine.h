@@ -140,6 +140,7 @@ struct Machine {
   std::vector<Cluster> clusters;
   std::string failure;
   uint64_t progress = 1;  // counts what ends a poll
+  uint64_t accesses = 0;  // of the running thread since it runs
   size_t in_flight = 0;   // bulk copies
   std::vector<Thread*> parked;
 };

@@ -23,7 +23,7 @@ struct Flight {
   unsigned char* to;
   const unsigned char* from;
   unsigned bytes;
-  uint32_t thread, at;
+  uint32_t at;
   Knowledge knows;
 };
 
@@ -65,9 +65,10 @@ void arrive(Barrier& b) {
   end_phase_if_complete(b);
 }
 
-// What the copy does while it is under way; checked when it sets out and when it lands.
-void check(const Flight& f) {
-  const Actor copy{f.thread, f.barrier->id, f.barrier->phase + 1, &f.knows, true};
+// What the copy does while it is under way: checked when it sets out, for its thread, and when it lands, in the phase
+// of that moment.
+void check(const Flight& f, uint32_t whose) {
+  const Actor copy{whose, f.barrier->id, f.barrier->phase + 1, &f.knows, true};
   access(copy, f.from, f.bytes, Access::padding, f.at);
   access(copy, f.to, f.bytes, Access::write, f.at);
 }
@@ -133,9 +134,8 @@ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barri
     Barrier& b = barrier_at(there, "copy_bulk", site);
     if (!b.fenced) fail("missing fence_mbarrier_init:" + in("copy_bulk", site));
     flights.push_back({&b, static_cast<unsigned char*>(map_rank(shared, rank, site)),
-                       static_cast<const unsigned char*>(global), bytes, self().id, place_of(site), self().knows});
-    check(flights.back());
-    raise(flights.back().knows.seen, self().id, self().now);
+                       static_cast<const unsigned char*>(global), bytes, place_of(site), self().knows});
+    check(flights.back(), self().id);
   }
   machine.in_flight = flights.size();
   ++self().now;
@@ -154,12 +154,11 @@ void land_a_bulk_copy() {
   const Flight f = std::move(flights.back());
   flights.pop_back();
   machine.in_flight = flights.size();
-  check(f);
+  check(f, f.barrier->id);
   std::memcpy(f.to, f.from, f.bytes);
   Barrier& b = *f.barrier;
   b.bytes -= f.bytes;
-  join(b.gathering.sum.seen, f.knows.seen);
-  join(b.gathering.sum.fenced, f.knows.fenced);
+  b.gathering.sum.learn(f.knows);  // what its thread had learnt, not what that thread itself has done
   end_phase_if_complete(b);
 }
 

@@ -20,7 +20,8 @@ unsigned char* arena = nullptr;
 size_t used = kPage;
 std::vector<std::unique_ptr<Region>> regions;
 std::vector<int32_t> page_owner;
-std::vector<Site> sites;                                   // place n of the code, from kSites on
+std::vector<Site> sites;                // place n of the code, from kSites on
+constexpr uint64_t kEndless = 1 << 24;  // accesses without a wait: a loop that polls by ordinary loads
 constexpr uint32_t kSites = 1u << 31, kInitialised = ~0u;  // the latter: the writer was an earlier launch
 
 bool before(const Actor& who, uint32_t id, uint32_t time) {
@@ -64,6 +65,27 @@ void check_writer(const Region& r, const unsigned char* p, const Cell& c, const 
   }
 }
 
+// Leaves out reads that the same thread has repeated later.
+void compact(std::vector<Readers>& list) {
+  std::sort(list.begin(), list.end(),
+            [](const Readers& a, const Readers& b) { return a.warp != b.warp ? a.warp < b.warp : a.time > b.time; });
+  size_t kept = 0;
+  uint32_t repeated = 0;
+  for (const Readers past : list) {
+    const bool same_warp = kept > 0 && list[kept - 1].warp == past.warp;
+    if (!same_warp) repeated = 0;
+    const uint32_t lanes = past.lanes & ~repeated;
+    repeated |= lanes;
+    if (lanes == 0) continue;
+    if (same_warp && list[kept - 1].time == past.time) {
+      list[kept - 1].lanes |= lanes;
+    } else {
+      list[kept++] = {past.warp, past.time, lanes, past.at};
+    }
+  }
+  list.resize(kept);
+}
+
 void remember_reader(Region& r, Cell& c, const Actor& who, bool atomic, uint32_t at) {
   const uint32_t warp = who.id / 32 | (atomic ? kAtomic : 0), lane = 1u << who.id % 32;
   if (c.lanes == 0 || (c.readers == warp && (c.read == who.time || (c.lanes & ~lane) == 0))) {
@@ -79,20 +101,12 @@ void remember_reader(Region& r, Cell& c, const Actor& who, bool atomic, uint32_t
     r.further.emplace_back();
   }
   std::vector<Readers>& list = r.further[c.further];
-  // The newest goes into the cell; of a warp, the list keeps at most one entry for each time.
-  const Readers older{c.readers, c.read, c.lanes & (c.readers == warp ? ~lane : ~0u), c.read_at};
-  Readers newer{warp, who.time, lane, at};
-  for (Readers& past : list) {
-    if (past.warp != warp) continue;
-    if (past.time == who.time) newer.lanes |= past.lanes;
-    past.lanes = past.time == who.time ? 0 : past.lanes & ~lane;
-  }
-  std::erase_if(list, [](const Readers& past) { return past.lanes == 0; });
-  if (older.lanes) list.push_back(older);
-  c.readers = newer.warp;
-  c.read = newer.time;
-  c.lanes = newer.lanes;
-  c.read_at = newer.at;
+  if (list.size() == list.capacity() && list.size() >= 32) compact(list);
+  list.push_back({c.readers, c.read, c.lanes, c.read_at});
+  c.readers = warp;  // the newest are in the cell
+  c.read = who.time;
+  c.lanes = lane;
+  c.read_at = at;
 }
 
 void check(Region& r, const unsigned char* p, Cell& c, const Actor& who, Access kind, uint32_t at) {
@@ -257,11 +271,9 @@ uint32_t code_place(const void* address) {
   return uint32_t(static_cast<const unsigned char*>(address) - base - 1);
 }
 
-__attribute__((noinline)) void plain_access(const void* p, size_t bytes, bool writes, const void* from, bool aligned) {
-  if (aligned && reinterpret_cast<uintptr_t>(p) % bytes) {
-    fail("misaligned: " + std::to_string(bytes) + " bytes by " + describe(self()) + " at " +
-         describe_place(code_place(from)));
-  }
+__attribute__((noinline)) void plain_access(const void* p, size_t bytes, bool writes, const void* from) {
+  if (++machine.accesses == kEndless)
+    fail("hang: " + describe(self()) + " loops at " + describe_place(code_place(from)));
   access(actor(self()), p, bytes, writes ? Access::write : Access::read, code_place(from));
 }
 
@@ -274,16 +286,16 @@ inline bool is_watched(const void* p) {
 }  // namespace
 }  // namespace fastlm::emulator
 
-#define HOOK(name, bytes, writes, aligned)                                                   \
-  extern "C" void name(void* p) {                                                            \
-    using namespace fastlm::emulator;                                                        \
-    if (is_watched(p)) plain_access(p, bytes, writes, __builtin_return_address(0), aligned); \
+#define HOOK(name, bytes, writes)                                                   \
+  extern "C" void name(void* p) {                                                   \
+    using namespace fastlm::emulator;                                               \
+    if (is_watched(p)) plain_access(p, bytes, writes, __builtin_return_address(0)); \
   }
-#define HOOKS(bytes)                                      \
-  HOOK(__tsan_read##bytes, bytes, false, true)            \
-  HOOK(__tsan_write##bytes, bytes, true, true)            \
-  HOOK(__tsan_unaligned_read##bytes, bytes, false, false) \
-  HOOK(__tsan_unaligned_write##bytes, bytes, true, false)
+#define HOOKS(bytes)                               \
+  HOOK(__tsan_read##bytes, bytes, false)           \
+  HOOK(__tsan_write##bytes, bytes, true)           \
+  HOOK(__tsan_unaligned_read##bytes, bytes, false) \
+  HOOK(__tsan_unaligned_write##bytes, bytes, true)
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
@@ -292,12 +304,25 @@ HOOKS(16)
 
 extern "C" void __tsan_read_range(void* p, unsigned long bytes) {
   using namespace fastlm::emulator;
-  if (is_watched(p)) plain_access(p, bytes, false, __builtin_return_address(0), false);
+  if (is_watched(p)) plain_access(p, bytes, false, __builtin_return_address(0));
 }
 extern "C" void __tsan_write_range(void* p, unsigned long bytes) {
   using namespace fastlm::emulator;
-  if (is_watched(p)) plain_access(p, bytes, true, __builtin_return_address(0), false);
+  if (is_watched(p)) plain_access(p, bytes, true, __builtin_return_address(0));
 }
 extern "C" void __tsan_init() {}
-extern "C" void __tsan_func_entry(void*) {}
-extern "C" void __tsan_func_exit() {}
+
+// From -fsanitize=alignment: the compiler calls this where an address does not suit its type.
+struct TypeMismatch {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment, kind;
+};
+extern "C" void __ubsan_handle_type_mismatch_v1(const TypeMismatch* what, const void*) {
+  using namespace fastlm::emulator;
+  if (machine.current == nullptr) return;
+  const char* slash = std::strrchr(what->file, '/');
+  fail("misaligned: " + std::to_string(1 << what->log_alignment) + " bytes by " + describe(self()) + " at " +
+       (slash ? slash + 1 : what->file) + ":" + std::to_string(what->line));
+}

@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kStack = 64 << 10;
 constexpr uint64_t kCanary = 0x5AFE57ACC0FFEE00;
-constexpr unsigned kParkAfter = 8, kGiveUpAfter = 1000;  // polls in vain; rounds of them when nothing else runs
+constexpr unsigned kParkAfter = 8, kGiveUpAfter = 400;  // polls in vain; rounds of them when nothing else runs
 
 void* scheduler_stack = nullptr;
 void (*body)(void*) = nullptr;
@@ -65,6 +65,7 @@ void run_thread(Thread& t) {
     t.stack = take_stack();
     t.stack_pointer = new_fiber(t.stack, t.stack + kStack, start_fiber);
   }
+  machine.accesses = 0;
   switch_fiber(&scheduler_stack, t.stack_pointer);
   machine.current = nullptr;
   if (*reinterpret_cast<uint64_t*>(t.stack) != kCanary && machine.failure.empty()) {
