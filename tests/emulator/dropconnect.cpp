@@ -1,5 +1,5 @@
 // csrc/dropconnect.cu under the emulator.
-#include "../../csrc/dropconnect.cu"
+#include "dropconnect.cu"
 
 using namespace fastlm;
 
