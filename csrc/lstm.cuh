@@ -57,8 +57,10 @@ template <>
 struct Words<false> {
   uint32_t high[2];
   FASTLM_DEVICE bool absent() const { return high[0] == kAbsent || high[1] == kAbsent; }
+  template <bool POLL>
   FASTLM_DEVICE void fetch(const uint32_t* p) {
-    const uint2 x = ptx::load_relaxed_x2(reinterpret_cast<const uint2*>(p));
+    const auto* from = reinterpret_cast<const uint2*>(p);
+    const uint2 x = POLL ? ptx::load_relaxed_x2(from) : ptx::load_l2(from);
     high[0] = x.x, high[1] = x.y;
   }
   FASTLM_DEVICE void read(const uint32_t* p) {
@@ -74,8 +76,10 @@ struct Words<true> {
   FASTLM_DEVICE bool absent() const {
     return high[0] == kAbsent || high[1] == kAbsent || low[0] == kAbsent || low[1] == kAbsent;
   }
+  template <bool POLL>
   FASTLM_DEVICE void fetch(const uint32_t* p) {
-    const uint4 x = ptx::load_relaxed_x4(reinterpret_cast<const uint4*>(p));
+    const auto* from = reinterpret_cast<const uint4*>(p);
+    const uint4 x = POLL ? ptx::load_relaxed_x4(from) : ptx::load_l2(from);
     high[0] = x.x, high[1] = x.y, low[0] = x.z, low[1] = x.w;
   }
   FASTLM_DEVICE void fill(uint32_t x) { high[0] = high[1] = low[0] = low[1] = x; }
@@ -114,31 +118,56 @@ FASTLM_DEVICE void clear(float (&sums)[MT][NT][4]) {
       for (int r = 0; r < 4; ++r) sums[m][n][r] = 0.0f;
 }
 
-// The fragments of `count` column tiles from `from` on, until all words have come; rows from `rows` on are not fetched.
-template <bool SPLIT, int WAVE, int NT, typename See>
+// The fragments of `count` column tiles from `from` on, with POLL until all words have come, else they are there; rows
+// from `rows` on are not fetched. see(words) sees each fragment.
+template <bool POLL, bool SPLIT, int WAVE, int NT, typename See>
 FASTLM_DEVICE void fetch(Words<SPLIT> (&columns)[WAVE][NT], const uint32_t* from, int count, int rows, See see) {
   const int lane = thread() % 32;
 #pragma unroll
-  for (int kk = 0; kk < WAVE; ++kk)
+  for (int k = 0; k < WAVE; ++k)
 #pragma unroll
-    for (int n = 0; n < NT; ++n) columns[kk][n].fill(kk < count && n * 8 + lane / 4 < rows ? kAbsent : 0);
+    for (int n = 0; n < NT; ++n) columns[k][n].fill(k < count && n * 8 + lane / 4 < rows ? kAbsent : 0);
   bool waiting;
+  ptx::Patience patience;
   do {
     waiting = false;
 #pragma unroll
-    for (int kk = 0; kk < WAVE; ++kk)
+    for (int k = 0; k < WAVE; ++k)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
-        if (columns[kk][n].absent()) columns[kk][n].fetch(from + ((kk * NT + n) * 32 + lane) * words_of(SPLIT));
+        if (columns[k][n].absent())
+          columns[k][n].template fetch<POLL>(from + ((k * NT + n) * 32 + lane) * words_of(SPLIT));
 #pragma unroll
-    for (int kk = 0; kk < WAVE; ++kk)
+    for (int k = 0; k < WAVE; ++k)
 #pragma unroll
-      for (int n = 0; n < NT; ++n) waiting |= columns[kk][n].absent();
-  } while (ptx::any(waiting));
+      for (int n = 0; n < NT; ++n) waiting |= columns[k][n].absent();
+  } while (POLL && ptx::any(waiting) && !patience.ended("words of other blocks"));
 #pragma unroll
-  for (int kk = 0; kk < WAVE; ++kk)
+  for (int k = 0; k < WAVE; ++k)
 #pragma unroll
-    for (int n = 0; n < NT; ++n) see(columns[kk][n]);
+    for (int n = 0; n < NT; ++n) see(columns[k][n]);
+}
+
+// Two words that belong to one unit, for others, who poll them if POLL.
+template <bool POLL>
+FASTLM_DEVICE void publish_pair(uint32_t* to, uint2 words) {
+  uint2* pair = reinterpret_cast<uint2*>(to);
+  if constexpr (POLL) {
+    ptx::store_relaxed(pair, words);
+  } else {
+    pair->x = words.x;
+    pair->y = words.y;
+  }
+}
+
+// One word for others, who poll it if POLL.
+template <bool POLL>
+FASTLM_DEVICE void publish_word(uint32_t* to, uint32_t word) {
+  if constexpr (POLL) {
+    ptx::store_relaxed(to, word);
+  } else {
+    *to = word;
+  }
 }
 
 // The 16 x 16 tiles of a warp, `kept` in registers, the others in shared memory.
@@ -266,11 +295,11 @@ struct Weights {
   FASTLM_DEVICE static void unpack(const uint4& x, uint32_t (&a)[4]) { a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w; }
 
   // sums = the column tiles of the warp times the `count` of them that the exchange has; see(words) sees each fragment.
-  template <int WAVE, int NT, typename See>
+  template <int WAVE, bool POLL, int NT, typename See>
   FASTLM_DEVICE void multiply_exchanged(float (&sums)[MT][NT][4], const uint32_t* from, int count, int rows,
                                         See see) const {
     Words<SPLIT> columns[WAVE][NT];
-    fetch(columns, from, count, rows, see);
+    fetch<POLL>(columns, from, count, rows, see);
     clear(sums);  // not before: these registers are not there while the words come in
 #pragma unroll
     for (int k = 0; k < KEPT; ++k)
@@ -280,7 +309,7 @@ struct Weights {
       if (k < count) multiply<false>(sums, columns[k], k);
 #pragma unroll 1
     for (int first = WAVE; first < count; first += WAVE) {
-      fetch(columns, from + first * NT * 32 * words_of(SPLIT), count - first, rows, see);
+      fetch<POLL>(columns, from + first * NT * 32 * words_of(SPLIT), count - first, rows, see);
 #pragma unroll
       for (int k = 0; k < WAVE; ++k)
         if (first + k < count) multiply<false>(sums, columns[k], first + k);
@@ -306,7 +335,7 @@ FASTLM_DEVICE void store_sums(const float (&sums)[MT][NT][4], float* to) {
 FASTLM_DEVICE void wait_for(const uint32_t* flags, int first, int last, uint32_t epoch,
                             ptx::Site site = ptx::Site::current()) {
   for (int i = first + thread() % 32; i <= last; i += 32)
-    while (ptx::load_acquire(flags + i, site) < epoch) {
+    for (ptx::Patience patience; ptx::load_acquire(flags + i, site) < epoch && !patience.ended("a flag");) {
     }
   ptx::sync_warp(site);
 }

@@ -7,6 +7,7 @@
 
 #include "dtype.h"
 #include "lstm_plan.h"
+#include "ptx.h"
 
 namespace fastlm::lstm {
 
@@ -116,7 +117,16 @@ cudaError_t launch(void (*kernel)(const Args), const Plan& plan, const Args& arg
   cudaLaunchAttribute attributes[2];
   if (const cudaError_t error = configure(kernel, plan, config, attributes)) return error;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+#ifdef FASTLM_BOUNDED_SPIN
+  unsigned in_vain = 0;
+  const unsigned none = 0;
+  if (error == cudaSuccess && cudaStreamSynchronize(stream) == cudaSuccess)
+    cudaMemcpyFromSymbol(&in_vain, ptx::waited_in_vain, sizeof in_vain);
+  cudaMemcpyToSymbol(ptx::waited_in_vain, &none, sizeof none);
+  if (in_vain != 0) return cudaErrorLaunchTimeout;
+#endif
+  return error;
 }
 
 template <typename Args>

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) lstm_backward_begin_kernel(const Bac
   }
 }
 
-template <bool SPLIT, int MT, int KEPT, int WAVE, int NT, bool CLUSTER>
+template <bool SPLIT, int MT, int KEPT, int WAVE, int NT, bool POLL, bool CLUSTER>
 __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backward a) {
   constexpr Tiling TILING{SPLIT, MT, KEPT, WAVE, NT};
   constexpr int WORDS = words_of(SPLIT), PITCH = sum_pitch(TILING), TILE = NT * 32 * WORDS, ROWS = 8 * NT;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
   const int tiles = (groups * units + 3) / 4, portions = (a.B + ROWS - 1) / ROWS;
 
   unsigned char* shared = ptx::shared_memory();
-  uint32_t* tops = reinterpret_cast<uint32_t*>(shared);  // [2][warp]
+  uint32_t* tops = reinterpret_cast<uint32_t*>(shared);  // [warp]
   shared += 128;
   Weights<SPLIT, MT, KEPT> weights(shared, plan.depth);
   shared += tail_bytes(TILING, plan.depth);
@@ -155,13 +155,13 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
         float2 left[2], nothing;
         const uint2 high = {pair_of(da[0] * scale.up, da[1] * scale.up, left[0]),
                             pair_of(da[2] * scale.up, da[3] * scale.up, left[1])};
-        ptx::store_relaxed(reinterpret_cast<uint2*>(to), high);
+        publish_pair<POLL>(to, high);
         if constexpr (SPLIT) {
           const uint2 low = {pair_of(left[0].x, left[0].y, nothing), pair_of(left[1].x, left[1].y, nothing)};
-          ptx::store_relaxed(reinterpret_cast<uint2*>(to + 2), low);
+          publish_pair<POLL>(to + 2, low);
         }
       }
-      if (plan.exchange != Exchange::data) {
+      if constexpr (!POLL) {
         ptx::sync_block();
         if (thread() == 0) ptx::store_release(slice_flags + group, uint32_t(step) + 1);
       }
@@ -181,24 +181,24 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
       uint32_t top = 0;
       const int warp = ptx::uniform(thread() / 32), first = warp * plan.depth, count = min(plan.depth, tiles - first);
       if (count > 0) {
-        if (plan.exchange == Exchange::flags)
+        if (!POLL && plan.exchange == Exchange::flags)
           wait_for(slice_flags, 4 * first / units, (min(4 * (first + count), groups * units) - 1) / units,
                    uint32_t(step) + 1);
-        if (plan.exchange == Exchange::grid) wait_for(slice_flags, 0, groups - 1, uint32_t(step) + 1);
+        if (!POLL && plan.exchange == Exchange::grid) wait_for(slice_flags, 0, groups - 1, uint32_t(step) + 1);
         const auto see = [&](const Words<SPLIT>& words) {
           top = ptx::max_pairs(top, ptx::max_pairs(words.high[0] & 0x7FFF7FFF, words.high[1] & 0x7FFF7FFF));
         };
-        weights.template multiply_exchanged<WAVE>(sums, exchange + first * TILE, count, rows, see);
+        weights.template multiply_exchanged<WAVE, POLL>(sums, exchange + first * TILE, count, rows, see);
       } else {
         clear(sums);
       }
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) top = ptx::max_pairs(top, ptx::shuffle_xor(top, lanes));
-      if (thread() % 32 == 0) tops[ptx::side(sequence) * kWarps + warp] = top;
+      if (thread() % 32 == 0) tops[warp] = top;
       store_sums(sums, sums_of_warps);
       ptx::sync_block();
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) top = ptx::max_pairs(top, tops[ptx::side(sequence) * kWarps + w]);
+      for (int w = 0; w < kWarps; ++w) top = ptx::max_pairs(top, tops[w]);
       const uint32_t highest = max(top & 0xFFFF, top >> 16);
       state[2 * kThreads] = __half2float(__ushort_as_half(static_cast<unsigned short>(highest))) * scale.down;
 
@@ -247,18 +247,25 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
     }
 }
 
-template <bool CLUSTER>
+template <bool POLL, bool CLUSTER>
 BackwardKernel find(const Tiling& tiling) {
   const auto make = [](auto i) {
     constexpr Tiling t = kBackward[decltype(i)::value];
-    return lstm_backward_kernel<t.split, t.tiles, t.kept, t.wave, t.columns, CLUSTER>;
+    if constexpr (has_kernel(t, POLL ? Exchange::data : Exchange::flags)) {
+      return lstm_backward_kernel<t.split, t.tiles, t.kept, t.wave, t.columns, POLL, CLUSTER>;
+    } else {
+      return nullptr;
+    }
   };
   return find_kernel<BackwardKernel, kBackward>(tiling, make, std::make_index_sequence<std::size(kBackward)>{});
 }
 
 }  // namespace
 
-BackwardKernel backward_kernel(const Plan& p) { return p.cluster > 1 ? find<true>(p.tiling) : find<false>(p.tiling); }
+BackwardKernel backward_kernel(const Plan& p) {
+  if (p.exchange != Exchange::data) return find<false, false>(p.tiling);
+  return p.cluster > 1 ? find<true, true>(p.tiling) : find<true, false>(p.tiling);
+}
 
 BackwardKernel backward_begin_kernel() { return lstm_backward_begin_kernel; }
 

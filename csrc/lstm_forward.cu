@@ -160,11 +160,15 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_forward_kernel(const Forward
   way.end();
 }
 
-template <template <bool, int, int> typename WAY, const auto& TILINGS>
+template <Exchange KIND, template <bool, int, int> typename WAY, const auto& TILINGS>
 ForwardKernel find(const Tiling& tiling) {
   const auto make = [](auto i) {
     constexpr Tiling t = TILINGS[decltype(i)::value];
-    return lstm_forward_kernel<t.split, t.tiles, t.kept, t.wave, t.columns, WAY>;
+    if constexpr (has_kernel(t, KIND)) {
+      return lstm_forward_kernel<t.split, t.tiles, t.kept, t.wave, t.columns, WAY>;
+    } else {
+      return nullptr;
+    }
   };
   return find_kernel<ForwardKernel, TILINGS>(tiling, make, std::make_index_sequence<std::size(TILINGS)>{});
 }
@@ -172,9 +176,10 @@ ForwardKernel find(const Tiling& tiling) {
 }  // namespace
 
 ForwardKernel forward_kernel(const Plan& p) {
-  if (p.exchange == Exchange::multicast) return find<Multicast, kMulticast>(p.tiling);
-  if (p.exchange == Exchange::cluster) return find<Cluster, kCluster>(p.tiling);
-  return find<Global, kForward>(p.tiling);
+  if (p.exchange == Exchange::multicast) return find<Exchange::multicast, Multicast, kMulticast>(p.tiling);
+  if (p.exchange == Exchange::cluster) return find<Exchange::cluster, Cluster, kCluster>(p.tiling);
+  if (p.exchange == Exchange::data) return find<Exchange::data, Polled, kForward>(p.tiling);
+  return find<Exchange::flags, Flagged, kForward>(p.tiling);
 }
 
 ForwardKernel forward_begin_kernel() { return lstm_forward_begin_kernel; }

@@ -19,8 +19,8 @@ constexpr int64_t kFragment = 512;  // bytes of one 16 x 16 tile of weights in t
 
 enum class Exchange : int {
   data,       // through global memory, a word saying itself that it has arrived
-  flags,      // through global memory, after a flag of every block
-  grid,       // through global memory, after a barrier of all blocks: slow and obvious, for tests
+  flags,      // through global memory, after a flag of every block: to compare with, not for split
+  grid,       // through global memory, after a barrier of all blocks: slow and obvious, for tests, not for split
   multicast,  // flags; a cluster fetches once what all its blocks need
   cluster,    // the layer in one cluster, through its shared memory
 };
@@ -184,6 +184,10 @@ constexpr float backward_time(const Plan& p) {
 // ---- The choice
 // -------------------------------------------------------------------------------------------------------
 
+constexpr bool has_kernel(const Tiling& t, Exchange exchange) {
+  return !t.split || (exchange != Exchange::flags && exchange != Exchange::grid);
+}
+
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
 // The better of two plans; the one that leaves more multiprocessors free where they are alike.
@@ -200,14 +204,15 @@ constexpr bool fits(const Plan& p, const Device& d) {
 
 // Takes the plan into account with every number of replicas, if it fits.
 template <typename Shared, typename Time>
-constexpr void consider(Plan p, int64_t B, const Device& d, Plan& best, Shared shared, Time time) {
-  const int64_t portions = ceil_div(B, 8 * p.tiling.columns);
-  for (int replicas = 1; replicas <= portions && replicas * p.slices * p.groups <= d.multiprocessors; ++replicas) {
+constexpr void consider(const Plan& shape, int64_t B, const Device& d, Plan& best, Shared shared, Time time) {
+  const int64_t portions = ceil_div(B, 8 * shape.tiling.columns);
+  const int64_t most = smaller(portions, d.multiprocessors / (shape.slices * shape.groups));
+  for (int replicas = 1; replicas <= most; ++replicas) {
+    Plan p = shape;
     p.replicas = replicas;
     p.passes = int(ceil_div(portions, replicas));
-    p.sides = 2;
     p.shared = shared(p);
-    if (p.shared > d.shared) {
+    if (p.shared > d.shared && p.sides == 2) {
       p.sides = 1;
       p.shared = shared(p);
     }
@@ -224,9 +229,11 @@ constexpr Plan plan_forward(int64_t H, int64_t B, bool split, Exchange exchange,
   const auto time = [&](const Plan& p) { return forward_time(p, H); };
   const auto one = [&](const Tiling& t, int cluster) {
     const int64_t blocks = ceil_div(H, 4 * t.tiles);
-    if (t.split != split || blocks > d.multiprocessors || (exchange == Exchange::cluster && blocks > cluster)) return;
+    if (t.split != split || !has_kernel(t, exchange) || blocks > d.multiprocessors ||
+        (exchange == Exchange::cluster && blocks > cluster))
+      return;
     const int groups = int(ceil_div(blocks, cluster) * cluster), depth = int(ceil_div(H, 16 * kWarps));
-    consider({t, exchange, 4 * t.tiles, 1, groups, 0, 0, depth, 0, cluster, 0, 0}, B, d, best, shared, time);
+    consider({t, exchange, 4 * t.tiles, 1, groups, 0, 0, depth, 2, cluster, 0, 0}, B, d, best, shared, time);
   };
   if (exchange == Exchange::multicast) {
     for (const Tiling& t : kMulticast)
@@ -246,14 +253,14 @@ constexpr Plan plan_backward(int64_t H, int64_t B, bool split, Exchange exchange
   const auto shared = [](const Plan& p) { return backward_shared(p); };
   const auto time = [](const Plan& p) { return backward_time(p); };
   for (const Tiling& t : kBackward) {
-    if (t.split != split) continue;
+    if (t.split != split || !has_kernel(t, exchange)) continue;
     for (const int slices : {1, 2, 4, 8, 16}) {
-      if (clusters && slices == 1) continue;
+      if (clusters && (slices == 1 || exchange != Exchange::data)) continue;
       for (int units = 1; units * slices <= 16 * t.tiles && units * 8 * t.columns <= kThreads; ++units) {
         const int64_t groups = ceil_div(H, slices * units);
         if (groups * slices > d.multiprocessors) continue;
         const int depth = int(ceil_div(groups * units, 4 * kWarps));
-        const Plan p{t, exchange, units, slices, int(groups), 0, 0, depth, 0, clusters ? slices : 1, 0, 0};
+        const Plan p{t, exchange, units, slices, int(groups), 0, 0, depth, 1, clusters ? slices : 1, 0, 0};
         consider(p, B, d, best, shared, time);
       }
     }

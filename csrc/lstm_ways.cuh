@@ -90,8 +90,9 @@ struct Way {
   }
 };
 
-// Through global memory. A word that is not absent has come; with flags or a barrier all have when the loads begin.
-template <bool SPLIT, int MT, int NT>
+// Through global memory. With POLL a word says itself that it has come; else flags say it of all words of a block,
+// which waits for them in the turn that needs them or, as at a barrier of the grid, before it goes on.
+template <bool POLL, bool SPLIT, int MT, int NT>
 struct Global : Way<SPLIT, MT, NT> {
   using Base = Way<SPLIT, MT, NT>;
   using Base::Base, Base::a, Base::exchanged, Base::tiles16, Base::TILE;
@@ -102,30 +103,36 @@ struct Global : Way<SPLIT, MT, NT> {
   FASTLM_DEVICE void multiply(const Weights& weights, float (&sums)[MT][NT][4], const Turn& turn) {
     const int first = ptx::uniform(thread() / 32) * a.plan.depth, count = min(a.plan.depth, tiles16 - first);
     if (count <= 0) return clear(sums);
-    if (a.plan.exchange == Exchange::flags && turn.step > 0)
+    if (!POLL && a.plan.exchange == Exchange::flags && turn.step > 0)
       this->wait_for_units(turn, 16 * first, 16 * (first + count) - 1);
-    weights.template multiply_exchanged<WAVE>(sums, exchanged(turn.step, turn.portion) + first * TILE, count, turn.rows,
-                                              [](const auto&) {});
+    const uint32_t* from = exchanged(turn.step, turn.portion) + first * TILE;
+    weights.template multiply_exchanged<WAVE, POLL>(sums, from, count, turn.rows, [](const auto&) {});
   }
 
   FASTLM_DEVICE void publish(const Turn& turn, int row, int unit, const uint32_t (&words)[2]) {
     uint32_t* to = exchanged(turn.step + 1, turn.portion) + this->word_of(row, unit);
-    ptx::store_relaxed(to, words[0]);
-    if constexpr (SPLIT) ptx::store_relaxed(to + 2, words[1]);
+    publish_word<POLL>(to, words[0]);
+    if constexpr (SPLIT) publish_word<POLL>(to + 2, words[1]);
   }
 
   FASTLM_DEVICE void published(const Turn& turn) {
-    if (a.plan.exchange == Exchange::data) return;
-    ptx::sync_block();
-    this->raise_flag(turn);
-    if (a.plan.exchange == Exchange::flags) return;
-    Turn next = turn;
-    ++next.step;
-    this->wait_for_units(next, 0, a.H - 1);
+    if constexpr (!POLL) {
+      ptx::sync_block();
+      this->raise_flag(turn);
+      if (a.plan.exchange == Exchange::flags) return;
+      Turn next = turn;
+      ++next.step;
+      this->wait_for_units(next, 0, a.H - 1);
+    }
   }
 
   FASTLM_DEVICE void end() {}
 };
+
+template <bool SPLIT, int MT, int NT>
+using Polled = Global<true, SPLIT, MT, NT>;
+template <bool SPLIT, int MT, int NT>
+using Flagged = Global<false, SPLIT, MT, NT>;
 
 // Each rank of a cluster fetches a share of the operand for all of them, as soon as the flags of those who make it are
 // up, into one of two buffers. `full` counts the bytes of a buffer, `drained` the ranks that are done with it.

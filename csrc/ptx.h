@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdio>
 
 #ifdef FASTLM_EMULATED
 #include "emulator.h"
@@ -31,6 +32,10 @@ using Site = emulator::Site;
 struct Site {  // nothing on a GPU
   __host__ __device__ static constexpr Site current() { return {}; }
 };
+#endif
+
+#if defined(FASTLM_BOUNDED_SPIN) && !defined(FASTLM_EMULATED)
+static __device__ unsigned waited_in_vain;  // of one source's kernels; the host reads and clears it
 #endif
 
 #ifndef FASTLM_EMULATED
@@ -198,11 +203,30 @@ FASTLM_PTX void store_release(uint32_t* p, uint32_t x, Site site = Site::current
                 asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory"));
 }
 
-// A plain load past L1, which does not see what other blocks write.
+// Plain loads past L1, which does not see what other blocks write.
 FASTLM_PTX float load_l2(const float* p) {
-  FASTLM_EITHER(emulator::load_plain(p), {
+  FASTLM_EITHER(*p, {
     float x;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+    return x;
+  });
+}
+
+FASTLM_PTX uint2 load_l2(const uint2* p) {
+  FASTLM_EITHER((uint2{p->x, p->y}), {
+    uint2 x;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p) : "memory");
+    return x;
+  });
+}
+
+FASTLM_PTX uint4 load_l2(const uint4* p) {
+  FASTLM_EITHER((uint4{p->x, p->y, p->z, p->w}), {
+    uint4 x;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(p)
+                 : "memory");
     return x;
   });
 }
@@ -219,6 +243,24 @@ FASTLM_PTX uint32_t atomic_add(uint32_t* p, uint32_t x, Site site = Site::curren
 FASTLM_PTX uint32_t atomic_or(uint32_t* p, uint32_t x, Site site = Site::current()) {
   FASTLM_EITHER(emulator::atomic(p, [x](uint32_t old) { return old | x; }, site), return atomicOr(p, x));
 }
+
+// How long a loop waits for other blocks: without end, but in a build with FASTLM_BOUNDED_SPIN two seconds. It then
+// says where, and every later wait ends at once, so that the kernel comes back, with results that are worth nothing.
+struct Patience {
+#if defined(FASTLM_BOUNDED_SPIN) && !defined(FASTLM_EMULATED)
+  uint64_t since = 0;
+  FASTLM_PTX bool ended(const char* what) {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (since == 0) since = now;
+    if (now - since < 2000000000 && *static_cast<volatile unsigned*>(&waited_in_vain) == 0) return false;
+    if (atomicExch(&waited_in_vain, 1) == 0) printf("fastlm: block %u waited in vain for %s\n", blockIdx.x, what);
+    return true;
+  }
+#else
+  FASTLM_PTX bool ended(const char*) { return false; }
+#endif
+};
 
 // ---- Clusters (sm_90)
 

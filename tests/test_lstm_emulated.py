@@ -64,3 +64,32 @@ def assert_near(found, wanted, bound):
 def test_forward():
     found, wanted, _ = forward(3, 5, 21, multiprocessors=8)
     assert_near(found, wanted, 3e-4)
+
+
+def backward(T, B, H, *, split=0, exchange=DATA, clusters=0, multiprocessors=132, dtype=torch.float32, state=None,
+             p=0.5, reverse=False, grads="dy dh dc", scale=1.0, schedules=None):  # fmt: skip
+    """da, dh0 and dc0 of the kernel, of float64 from the same gates, and the plan."""
+    shape = plan(1, T, B, H, split, exchange, clusters, multiprocessors)
+    assert shape["there"], "no plan"
+    gates, weight, h0, c0 = layer(T, B, H, dtype, state)
+    seed = torch.tensor(2**40 + 7) if p else None
+    kept = gates.float()
+    cells = _forward(kept, weight.float(), h0.float(), c0.float(), seed, p, reverse, True)[3]
+    kept = kept.to(dtype)
+    dy, dh, dc = torch.randn(T, B, H).mul(scale).to(dtype), torch.randn(B, H) * scale, torch.randn(B, H) * scale
+    dy, dh, dc = (g if name in grads.split() else None for g, name in zip((dy, dh, dc), ("dy", "dh", "dc"), strict=True))
+    codes = emulated.DTYPES
+    found = unit().run(
+        "lstm_backward", T, B, H, split, exchange, clusters, multiprocessors, codes[dtype], codes[c0.dtype],
+        int(reverse), p, read("seed", seed), read("weight", weight), read("dy", dy), read("dh_n", dh),
+        read("dc_n", dc), read("c0", c0), read("cells", cells), update("gates", kept),
+        write("dh0", torch.empty(B, H)), write("dc0", torch.empty(B, H)),
+        write("exchange", torch.empty(shape["exchange"], dtype=torch.int32)),
+        write("flags", torch.empty(shape["flags"], dtype=torch.int32)),
+        update("peaks", torch.zeros(T + 1, dtype=torch.int32)), write("handed", torch.empty(shape["handed"])),
+        schedules=schedules or emulated.SCHEDULES,
+    )  # fmt: skip
+    wanted = kept.double()
+    wide = [None if g is None else g.double() for g in (dy, dh, dc)]
+    dh0, dc0 = _adjoint(*wide, wanted, cells.double(), c0.double(), weight.double(), seed, p, reverse)
+    return found, dict(gates=wanted, dh0=dh0, dc0=dc0), shape

@@ -71,7 +71,6 @@ void store_relaxed(uint32_t* p, uint32_t x, Site site);
 void store_relaxed(uint2* p, uint2 x, Site site);
 uint32_t load_acquire(const uint32_t* p, Site site);
 void store_release(uint32_t* p, uint32_t x, Site site);
-__forceinline__ float load_plain(const float* p) { return *p; }
 uint32_t before_atomic(uint32_t* p, Site site);
 void after_atomic(uint32_t* p, uint32_t x);
 template <typename Change>
