@@ -370,7 +370,7 @@ void launch(void (*kernel)(const LstmArgs&, int64_t), LstmArgs& args, const Tens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& projected, const Tensor& w_hh, const Tensor& h0_,
                                                const Tensor& c0_, const std::optional<Tensor>& seed, double p,
-                                               bool reverse, bool keep) {
+                                               bool reverse, bool keep, bool) {
   const Tensor weight = contiguous(w_hh), h0 = contiguous(h0_), c0 = contiguous(c0_);
   STD_TORCH_CHECK(projected.dim() == 3 && projected.size(2) % 4 == 0 && projected.is_contiguous(),
                   "projected must have shape [T, B, 4H] and be contiguous");
@@ -397,7 +397,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& projected, const Te
 std::tuple<Tensor, Tensor> bwd(const std::optional<Tensor>& dy_, const std::optional<Tensor>& dh_,
                                const std::optional<Tensor>& dc_, const Tensor& gates, const Tensor& cells_,
                                const Tensor& c0_, const Tensor& w_hh, const std::optional<Tensor>& seed, double p,
-                               bool reverse) {
+                               bool reverse, bool) {
   const Tensor cells = contiguous(cells_), c0 = contiguous(c0_), weight = contiguous(w_hh);
   const std::optional<Tensor> dy = contiguous(dy_), dh = contiguous(dh_), dc = contiguous(dc_);
   STD_TORCH_CHECK(cells.dim() == 3 && cells.scalar_type() == ScalarType::Float, "cells must be float32 [T, B, H]");
@@ -426,6 +426,7 @@ std::tuple<Tensor, Tensor> bwd(const std::optional<Tensor>& dy_, const std::opti
 }  // namespace
 }  // namespace fastlm
 
+// The last argument of both, TF32, is for GPUs: vectors multiply all of a float32.
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
   m.impl("lstm_fwd", TORCH_BOX(&fastlm::fwd));
   m.impl("lstm_bwd", TORCH_BOX(&fastlm::bwd));

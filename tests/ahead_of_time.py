@@ -118,10 +118,10 @@ def call_lstm(dtype: torch.dtype, T: int) -> None:
     for B, H in ((20, 1150), (3, 37)):
         projected, w_hh, state = floats(T, B, 4 * H, dtype=dtype), floats(4 * H, H, dtype=dtype), floats(B, H)
         for keep, h0 in ((True, state), (False, state.to(dtype))):
-            y, *_, cells = lstm.lstm_fwd(projected, w_hh, h0, state, None, 0.0, False, keep)
+            y, *_, cells = lstm.lstm_fwd(projected, w_hh, h0, state, None, 0.0, False, keep, False)
         cells = floats(T, B, H)
-        lstm.lstm_bwd(y, None, None, projected, cells, state, w_hh, None, 0.0, True)
-        lstm.lstm_bwd(None, state, None, projected, cells, state, w_hh, None, 0.0, False)
+        lstm.lstm_bwd(y, None, None, projected, cells, state, w_hh, None, 0.0, True, False)
+        lstm.lstm_bwd(None, state, None, projected, cells, state, w_hh, None, 0.0, False, False)
 
 
 def call_qrnn_pool(dtype: torch.dtype, T: int) -> None:

@@ -32,12 +32,12 @@ _lib.define(f"lstm_aten_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor)")
 _GRADIENTS = ", ".join(["Tensor"] * 6)
 _lib.define(f"lstm_aten_bwd(Tensor dy, Tensor dh, Tensor dc, Tensor y, {_INPUTS}) -> ({_GRADIENTS})")
 _lib.define(
-    "lstm_fwd(Tensor(a!) projected, Tensor w_hh, Tensor h0, Tensor c0, Tensor? seed, float p, bool reverse, bool keep)"
-    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells)"
+    "lstm_fwd(Tensor(a!) projected, Tensor w_hh, Tensor h0, Tensor c0, Tensor? seed, float p, bool reverse, bool keep,"
+    " bool tf32) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells)"
 )
 _lib.define(
     "lstm_bwd(Tensor? dy, Tensor? dh, Tensor? dc, Tensor(a!) gates, Tensor cells, Tensor c0, Tensor w_hh, Tensor? seed,"
-    " float p, bool reverse) -> (Tensor dh0, Tensor dc0)"
+    " float p, bool reverse, bool tf32) -> (Tensor dh0, Tensor dc0)"
 )
 _KERNELS = ("lstm_fwd", "lstm_bwd")
 _lib.declare("lstm", kernels=_KERNELS, triton=_KERNELS, extra=("aten",))
@@ -67,7 +67,7 @@ def _masked(w_hh, p, seed):
     return w_hh if seed is None else dropconnect(w_hh, p, seed, impl="reference")
 
 
-def _forward(projected, w_hh, h0, c0, seed, p, reverse, keep):
+def _forward(projected, w_hh, h0, c0, seed, p, reverse, keep, tf32):
     """The loop after the input product, for devices without a kernel; to keep them, the activated gates replace it."""
     wide = torch.promote_types(projected.dtype, torch.float32)
     recurrent = _masked(w_hh.to(wide), p, seed).t()
@@ -85,7 +85,7 @@ def _forward(projected, w_hh, h0, c0, seed, p, reverse, keep):
     return y, h.to(h0.dtype, copy=True), c.to(c0.dtype, copy=True), cells[: T if keep else 0].clone()
 
 
-def _adjoint(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse):
+def _adjoint(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse, tf32):
     """The adjoint down to da, which replaces the gates."""
     T = len(cells)
     recurrent = _masked(w_hh.to(cells.dtype), p, seed)
@@ -103,7 +103,7 @@ def _adjoint(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse):
     return dh, dc
 
 
-def _forward_fake(projected, w_hh, h0, c0, seed, p, reverse, keep):
+def _forward_fake(projected, w_hh, h0, c0, seed, p, reverse, keep, tf32):
     T, B, H = projected.shape[0], *h0.shape
     wide = torch.promote_types(projected.dtype, torch.float32)
     cells = projected.new_empty(T if keep else 0, B, H, dtype=wide)
@@ -124,14 +124,14 @@ class _Kernel(torch.autograd.Function):
     """The products of all steps together, and the kernel for the steps."""
 
     @staticmethod
-    def forward(x, h0, c0, w_ih, w_hh, bias, seed, p, reverse, impl):
+    def forward(x, h0, c0, w_ih, w_hh, bias, seed, p, reverse, impl, tf32):
         gates = linear(x, w_ih, bias).contiguous()
-        y, h_n, c_n, cells = _lib.kernel("lstm_fwd", impl)(gates, w_hh, h0, c0, seed, p, reverse, True)
+        y, h_n, c_n, cells = _lib.kernel("lstm_fwd", impl)(gates, w_hh, h0, c0, seed, p, reverse, True, tf32)
         return y, h_n, c_n, gates, cells
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, seed, ctx.p, ctx.reverse, ctx.impl = inputs
+        *tensors, seed, ctx.p, ctx.reverse, ctx.impl, ctx.tf32 = inputs
         ctx.set_materialize_grads(False)  # the gradients of the last states are absent whenever they are detached
         ctx.mark_non_differentiable(*output[3:])
         ctx.save_for_backward(*tensors[:5], seed, output[0], *output[3:])
@@ -141,20 +141,20 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx, dy, dh, dc, *_):
         needs = ctx.needs_input_grad[:6] if ctx.has_bias else (*ctx.needs_input_grad[:5], False)
         adjoint = _Adjoint.apply if torch.is_grad_enabled() else _Adjoint.forward  # enabled where a graph is asked for
-        options = (ctx.p, ctx.reverse, ctx.impl, needs)
-        return *adjoint(dy, dh, dc, *ctx.saved_tensors, *options), None, None, None, None
+        options = (ctx.p, ctx.reverse, ctx.impl, ctx.tf32, needs)
+        return *adjoint(dy, dh, dc, *ctx.saved_tensors, *options), None, None, None, None, None
 
 
 class _Adjoint(torch.autograd.Function):
     # once_differentiable looks at the gradient alone: it would let second derivatives pass as zero without a word
 
     @staticmethod
-    def forward(dy, dh, dc, x, h0, c0, w_ih, w_hh, seed, y, gates, cells, p, reverse, impl, needs):
+    def forward(dy, dh, dc, x, h0, c0, w_ih, w_hh, seed, y, gates, cells, p, reverse, impl, tf32, needs):
         if torch.compiler.is_compiling() or _graph_is_kept():  # another backward will read them
             gates = gates.clone()
         else:
             torch.autograd.graph.increment_version(gates)  # should this fail half-way, another try raises
-        dh0, dc0 = _lib.kernel("lstm_bwd", impl)(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse)
+        dh0, dc0 = _lib.kernel("lstm_bwd", impl)(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse, tf32)
         rows, dw_hh = gates.flatten(0, 1), None
         if needs[4]:
             first = h0.to(y.dtype).unsqueeze(0)
@@ -178,6 +178,12 @@ class _Adjoint(torch.autograd.Function):
         raise RuntimeError("lstm has no second derivative; impl='reference' has")
 
 
+def _tf32(impl):
+    """Whether float32 products may take factors of 11 bits: what PyTorch says to cuDNN of recurrent layers."""
+    # allow_tf32 cannot be read once that of another kind of layer was set by itself
+    return impl == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
 # "auto" has no case for "aten" on a CPU. Its time over the kernel's, float32, I = H, T = 70, two Zen 4 cores, without a
 # graph and with backward and dropout: H = 64 B = 20 1.4 1.2; H = 200 B = 80 1.4 1.1; H = 400 B = 20 1.3 1.1;
 # H = 1150 B = 1 1.7 1.9, B = 20 1.8 1.5, B = 80 1.2 1.1. It is the faster one, by a tenth of a millisecond a call, for
@@ -185,11 +191,11 @@ class _Adjoint(torch.autograd.Function):
 def _kernel(x, h0, c0, w_ih, w_hh, b_ih, b_hh, seed, p, reverse, impl):
     c0 = c0.view_as(c0) if c0 is h0 else c0  # torch.compile takes no tensor twice in a Function
     bias = b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh
-    tensors = (x, h0, c0, w_ih, w_hh, bias)
+    tensors, tf32 = (x, h0, c0, w_ih, w_hh, bias), _tf32(impl)
     if _checks.recorded(*tensors):
-        return _Kernel.apply(*tensors, seed, p, reverse, impl)[:3]
+        return _Kernel.apply(*tensors, seed, p, reverse, impl, tf32)[:3]
     gates = linear(x, w_ih, bias).contiguous()
-    return _lib.kernel("lstm_fwd", impl)(gates, w_hh, h0, c0, seed, p, reverse, False)[:3]
+    return _lib.kernel("lstm_fwd", impl)(gates, w_hh, h0, c0, seed, p, reverse, False, tf32)[:3]
 
 
 def _aten(x, h0, c0, w_ih, w_hh, b_ih=None, b_hh=None, reverse=False):
@@ -338,10 +344,12 @@ def lstm(
         weight_dropout: probability of dropping an element of `w_hh`, in [0, 1]; one mask for the whole call.
         seed: int64 scalar tensor on the device of `x`; drawn from PyTorch's default generator when None.
         reverse: read from the last step to the first; outputs stay at the steps of their inputs.
-        impl: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"aten"`. `"cpu"` masks `w_hh` as it packs it, `"triton"`
-            once for a pass; both multiply in the dtype of `x` (`"cpu"` float16 in float32) and keep c in float32.
-            `"aten"` is PyTorch's own layer on a masked copy of `w_hh`, in the wider of the dtypes of `x` and the state
-            (float16 in float32 on a CPU).
+        impl: `"auto"`, `"reference"`, `"cpu"`, `"cuda"`, `"triton"` or `"aten"`. `"cpu"` masks `w_hh` as it packs it,
+            `"cuda"` and `"triton"` once for a pass; all three multiply in the dtype of `x` (`"cpu"` float16 in float32)
+            and keep c in float32. `"cuda"` needs a GPU of compute capability 8.0; its steps may multiply float32 in
+            TF32's 11 bits where `torch.backends.cudnn` allows that for recurrent layers, as by default, and its
+            backward as its forward. `"aten"` is PyTorch's own layer on a masked copy of `w_hh`, in the wider of the
+            dtypes of `x` and the state (float16 in float32 on a CPU).
 
     Returns:
         `(y, h_n, c_n)`: `[T, B, H]` in the dtype of `x`, and `[B, H]` each in the dtype of the state given. Kernels,
@@ -362,7 +370,7 @@ def lstm(
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     p = _checks.probability("weight_dropout", weight_dropout)
     chosen = _lib.resolve("lstm", impl, x)
-    if chosen in ("cpu", "triton"):
+    if chosen in ("cpu", "cuda", "triton"):
         if p and seed is None:
             seed = philox.draw_seed(x.device)
         tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)

@@ -2,7 +2,8 @@
 
 A step is two launches, h W^T added to the input's part in place and the pointwise kernel, which leaves the activated
 gates there for the backward; its step is the pointwise kernel, which turns them into da, and da W. Both capture in a
-CUDA graph. The masked weight is made once for a pass, in the dtype of its product, so that no step reads the mask.
+CUDA graph. The products are PyTorch's: its setting for matrices decides on TF32, whatever the argument says. The masked
+weight is made once for a pass, in the dtype of its product, so that no step reads the mask.
 
 A program has 128 elements of one row of the batch, one a thread: at B = 20 and H = 1150 that is 180 programs, which
 wait for latency and not for the 0.5 MB that a step moves within the level-2 cache.
@@ -95,7 +96,7 @@ def _masked(w_hh, dtype, seed, p):
     return w.to(dtype)
 
 
-def lstm_fwd(projected, w_hh, h0, c0, seed, p, reverse, keep):
+def lstm_fwd(projected, w_hh, h0, c0, seed, p, reverse, keep, tf32):
     T, (B, H) = len(projected), h0.shape
     y = projected.new_empty(T, B, H)
     cells = projected.new_empty(T if keep else 0, B, H, dtype=torch.float32)
@@ -126,7 +127,7 @@ def lstm_fwd(projected, w_hh, h0, c0, seed, p, reverse, keep):
     )
 
 
-def lstm_bwd(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse):
+def lstm_bwd(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse, tf32):
     T, B, H = cells.shape
     given, dc = (torch.zeros_like(c0, dtype=torch.float32) if d is None else d.float() for d in (dh, dc))
     given, dc = given.contiguous(), dc.clone(memory_format=torch.contiguous_format)
