@@ -39,6 +39,7 @@ class Op(NamedTuple):
     triton: tuple[str, ...]
     extra: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    unmeasured: tuple[str, ...]
 
 
 ops: dict[str, Op] = {}
@@ -100,6 +101,7 @@ def declare(
     triton: tuple[str, ...] = (),
     extra: tuple[str, ...] = (),
     dtypes: tuple[torch.dtype, ...] = DTYPES,
+    unmeasured: tuple[str, ...] = (),
 ) -> None:
     """Make a public operator known to `resolve`; comes after its schemas, before their fakes.
 
@@ -108,8 +110,10 @@ def declare(
         triton: the schemas that have a Triton kernel, a function of the same name in `fastlm.triton`; each gets an
             overload of that name.
         extra: implementations that need no kernel, best first. dtypes: what the kernels take.
+        unmeasured: the devices whose native kernels no results in benchmarks/results have timed yet: `"auto"` passes
+            them over, lest they be slower than what is in `extra`.
     """
-    ops[op] = Op(kernels, triton, extra, dtypes)
+    ops[op] = Op(kernels, triton, extra, dtypes, unmeasured)
     for name in triton:
         library.define(schemas[name].replace(name, f"{name}.triton", 1))
         library.impl(f"{name}.triton", _triton_function(op, name), "CompositeExplicitAutograd")
@@ -181,7 +185,7 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
         TypeError: the named implementation does not take this device or dtype.
         RuntimeError: the named implementation is not installed, or FASTLM_IMPL names none.
     """
-    kernels, triton, extra, dtypes = ops[op]
+    kernels, triton, extra, dtypes, _ = ops[op]
     device = tensor.device.type
     if DEFAULT_IMPL not in IMPLS:
         raise RuntimeError(f"FASTLM_IMPL must be one of {', '.join(IMPLS)}, got {DEFAULT_IMPL!r}")
@@ -214,17 +218,19 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
 
 
 def _automatic(op: str, device: str, served: bool) -> str:
-    """What `"auto"` takes: a native kernel, else the best of `extra`, else Triton's; `served`: kernels take the dtype.
+    """What `"auto"` takes: a native kernel that was measured, else the best of `extra`, else Triton's.
+
+    `served` is whether kernels take the dtype.
 
     Triton comes last because the interpreter, and any GPU that was not measured, must not take an operator from a
     library that was tuned for it.
     """
-    _, _, extra, _ = ops[op]
+    extra = ops[op].extra
     able = {"reference": True, **dict.fromkeys(extra, True)}
     able |= {device: served and native(op, device), "triton": served and has_triton(op, device)}
     if able.get(DEFAULT_IMPL):  # a debugging setting that cannot serve is passed over
         return DEFAULT_IMPL
-    if able[device]:
+    if able[device] and device not in ops[op].unmeasured:
         return device
     if extra:
         return extra[0]

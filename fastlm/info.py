@@ -147,6 +147,18 @@ def auto_report() -> dict:
     return report
 
 
+def passed_over() -> dict:
+    """The native kernels that are here and that `impl="auto"` does not take before they are measured, by device."""
+    library = importlib.import_module("fastlm._lib")
+    importlib.import_module("fastlm.ops")
+    found = [(device, name) for name, op in sorted(library.ops.items()) for device in op.unmeasured]
+    report = {}
+    for device, name in found:
+        if library.native(name, device):
+            report.setdefault(device, []).append(name)
+    return report
+
+
 def build_report() -> dict:
     path = Path(__file__).with_name("_build.json")
     return json.loads(path.read_text()) if path.exists() else {"native": "no record: not built by setup.py"}
@@ -205,6 +217,7 @@ def collect() -> dict:
         },
         "instruction_set": with_torch(lambda: importlib.import_module("fastlm._lib").instruction_set()),
         "auto": with_torch(auto_report),
+        "not_measured": with_torch(passed_over),
         "build": guarded(build_report),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FASTLM_")},
     }
@@ -215,7 +228,7 @@ def collect() -> dict:
 def text(value) -> str:
     """One value of the report in one line."""
     if isinstance(value, dict):
-        return value["error"] if "error" in value else ", ".join(f"{k} {text(v)}" for k, v in value.items())
+        return value["error"] if "error" in value else ", ".join(f"{k} {text(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list):
         return " ".join(map(text, value)) or "none"
     return "none" if value is None else " ".join(str(value).split())
@@ -238,7 +251,7 @@ def render(report: dict) -> str:
     lines += table({key: report[key] for key in ("processor", "gpus")})
     modules = {name: module["reason"] or "loaded" for name, module in report["modules"].items()}
     lines += ["", "compiled code"] + table(modules | {"instruction set": report["instruction_set"]})
-    lines += ["", 'what impl="auto" takes'] + table(auto)
+    lines += ["", 'what impl="auto" takes'] + table(auto) + table({"not measured yet": report["not_measured"]})
     lines += ["", "build"] + table(report["build"])
     lines += ["", "environment"] + table(report["environment"] or {"FASTLM_*": "not set"})
     lines += ["", f"to improve this: {text(report['advice'])}"]

@@ -40,7 +40,7 @@ _lib.define(
     " float p, bool reverse, bool tf32) -> (Tensor dh0, Tensor dc0)"
 )
 _KERNELS = ("lstm_fwd", "lstm_bwd")
-_lib.declare("lstm", kernels=_KERNELS, triton=_KERNELS, extra=("aten",))
+_lib.declare("lstm", kernels=_KERNELS, triton=_KERNELS, extra=("aten",), unmeasured=("cuda",))
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
