@@ -1,5 +1,5 @@
 // What the CUDA sources share: dtype access in fp32 and grids; for the host functions, which the emulator leaves out,
-// the current stream.
+// the current stream and the device.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,6 +12,11 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+
 #include "common.h"
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
@@ -22,6 +27,65 @@ inline cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+// What a launch depends on.
+struct Device {
+  int index, multiprocessors, capability;  // the last as 10 major + minor
+  int shared_memory;                       // bytes, of a block at most
+  bool cooperative;                        // whether all blocks of a grid can be made to run at once
+};
+
+// Asked of the driver once a device. FASTLM_CUDA_MULTIPROCESSORS makes it a smaller one, for tests.
+inline Device device_of(const Tensor& x) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const int index = x.get_device_index();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known.count(index) == 0) {
+    const auto ask = [index](cudaDeviceAttr attribute) {
+      int value = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, index));
+      return value;
+    };
+    known[index] = {index, ask(cudaDevAttrMultiProcessorCount),
+                    10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor),
+                    ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrCooperativeLaunch) != 0};
+  }
+  Device device = known[index];
+  const char* fewer = std::getenv("FASTLM_CUDA_MULTIPROCESSORS");
+  if (fewer != nullptr && std::atoi(fewer) > 0)
+    device.multiprocessors = std::min(device.multiprocessors, std::atoi(fewer));
+  return device;
+}
+
+// Blocks of a kernel, in clusters, that run at once: the most that a cooperative launch may have. The driver is asked
+// once for each device, kernel and size, and allows the kernel so much shared memory and so large a cluster then.
+inline int resident_blocks(const Device& device, const void* kernel, int threads, int shared_memory, int cluster = 1) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int, int>, int> known;
+  const std::tuple key(device.index, kernel, threads, shared_memory, cluster);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known.count(key) == 0) {
+    cudaFuncAttributes allowed;
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&allowed, kernel));
+    if (shared_memory > allowed.maxDynamicSharedSizeBytes)  // for all its sizes: never less than before
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory));
+    int count = 0, whole = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, shared_memory));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&whole, cudaDevAttrMultiProcessorCount, device.index));
+    count *= whole;
+    if (cluster > 1) {
+      if (cluster > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      cudaLaunchAttribute size{cudaLaunchAttributeClusterDimension, {}, {}};
+      size.val.clusterDim = {unsigned(cluster), 1, 1};
+      cudaLaunchConfig_t config{dim3(cluster), dim3(threads), size_t(shared_memory), nullptr, &size, 1};
+      STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+      count *= cluster;
+    }
+    known[key] = count;
+  }
+  return known[key];
 }
 
 }  // namespace fastlm

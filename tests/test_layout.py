@@ -121,10 +121,11 @@ def test_sizes():
 
 
 def test_every_variable_of_the_environment_is_in_the_table():
-    files = [path for folder in ("fastlm", "csrc", "tests") for path in (ROOT / folder).rglob("*.[cp]*")]
+    sources = (".py", ".cpp", ".cu", ".cuh", ".h")
+    files = [path for folder in ("fastlm", "csrc", "tests") for path in (ROOT / folder).rglob("*.[chp]*")]
     files.append(ROOT / "setup.py")
     read = re.compile(r"""(?:environ(?:\.get)?[\[(]|getenv\()"(FASTLM_\w+)""")
-    used = {name for path in files if path.suffix in (".py", ".cpp") for name in read.findall(path.read_text())}
+    used = {name for path in files if path.suffix in sources for name in read.findall(path.read_text())}
     table = set(re.findall(r"^\| `(FASTLM_\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
     assert used == table
 
