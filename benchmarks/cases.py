@@ -79,6 +79,7 @@ class Work:
         products: the dtype whose rate of products is the ceiling, where it is not that of the inputs.
         profiled: whether the results say where its time goes.
         ahead: whether a GPU is timed with the host ahead; else, as for a whole step, the host's part counts too.
+        steps: of a recurrence, for the report to say the microseconds of one on a GPU.
     """
 
     inputs: Callable[[], Sequence[Any]]
@@ -92,6 +93,7 @@ class Work:
     products: str = ""
     profiled: bool = False
     ahead: bool = True
+    steps: int = 0
 
     def add(self, name: str, make: Callable[[], Contender]) -> None:
         """Add a competitor, or note why it is not there."""

@@ -107,7 +107,7 @@ def facts(found: dict[str, Any]) -> list[str]:
 
 
 def on_gpu(found: dict[str, Any]) -> list[str]:
-    """How times on a GPU are to be read, what "auto" took, and where the host sets the pace."""
+    """How times on a GPU are to be read, what "auto" took, a recurrence's pace, and where the host sets the pace."""
     if found["device"] != "cuda":
         return []
     taken: dict[str, list[str]] = {}
@@ -126,8 +126,19 @@ def on_gpu(found: dict[str, Any]) -> list[str]:
         "A time is that of the GPU with the work queued ahead, but for whole training steps, which include the host; "
         "products in fp32 are without TF32 unless a name says so.",
         *(f"auto took for {op}: {' and '.join(impls)}." for op, impls in taken.items()),
+        *paces(found),
         *slow,
     ]
+
+
+def paces(found: dict[str, Any]) -> list[str]:
+    """Microseconds of a step, all of a case's products and layers included, of each contender of a recurrence."""
+    lines = []
+    for case in found["cases"]:
+        if steps := case.get("steps"):
+            each = (f"{x['name']} {1e3 * x['ms'] / steps:.2f}" for x in case["contenders"])
+            lines.append(f"{case['op']}: {case['title']}, us a step: {', '.join(each)}.")
+    return lines
 
 
 def profiles(found: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ def record(runner: Runner) -> dict[str, Any]:
         "products": work.products or case.dtype,
         "flops": work.flops,
         "bytes": work.bytes,
+        "steps": work.steps,
         "input_sets": len(runner.sets),
         "sweep": None if case.sweep is None else dict(zip(("series", "axis", "value"), case.sweep, strict=True)),
         "targets": [vars(target) for target in case.targets.get(runner.device, ())],

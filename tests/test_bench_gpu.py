@@ -1,7 +1,9 @@
 """The benchmarks on a GPU, as far as a CPU can tell: the same code with PyTorch's calls to CUDA replaced by notes."""
 
+import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import bench_lstm  # noqa: E402
 import cases  # noqa: E402
 import ceilings  # noqa: E402
 import machine  # noqa: E402
@@ -130,10 +133,43 @@ def test_a_case(case, calls):
     names = [entry["name"] for entry in kept["contenders"]]
     if case.op == "lstm":
         assert "fastlm aten" in names
-        assert any(name.endswith("TF32") for name in names) == (case.dtype == "fp32")
+        assert {bench_lstm.RIVAL, bench_lstm.FLAT} < set(names) and kept["steps"] == 3
+        assert sum(name.endswith("TF32") for name in names) == (2 if case.dtype == "fp32" else 0)
     if case.op == "training":
         profile = profile_step.where_time_goes(runner.entries[0].contender, runner.sets[0], GPU)
         assert profile["name"] == "fastlm"
+
+
+def test_the_alternating_path_is_one_graph_a_set_of_inputs(monkeypatch):
+    """Captured after a run that allocates, on a GPU that passes for one of a single multiprocessor."""
+    noted = []
+
+    class Graph:
+        def replay(self):
+            noted.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        noted.append("capture")
+        yield
+
+    stream = type("Stream", (), {"wait_stream": lambda *_: None})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.delenv(bench_lstm.MULTIPROCESSORS, raising=False)
+
+    def run(x):
+        noted.append(os.environ[bench_lstm.MULTIPROCESSORS])
+        return x + 1
+
+    contender = bench_lstm.alternating(cases.Contender("fastlm cuda", run, run))
+    first, second = torch.zeros(1), torch.ones(1)
+    assert [contender.run(x).item() for x in (first, second, first)] == [1.0, 2.0, 1.0]
+    assert noted == ["1", "capture", "1", "replay"] * 2 + ["replay"]
+    assert contender.check(first).item() == 1.0 and bench_lstm.MULTIPROCESSORS not in os.environ
 
 
 def a_work(**contenders):
@@ -179,7 +215,7 @@ def a_run(**more):
     other = dict(contender, name="fastlm cuda", ms=0.5, host_ms=0.1)
     goal = vars(cases.Target(ms=2.0, mb=2000.0))
     case = dict(op="lstm", title="a layer", dtype="fp32", flops=1e9, bytes=0.0, sweep=None, targets=[goal])
-    case |= dict(contenders=[ours, other], left_out={}, products="bf16")
+    case |= dict(contenders=[ours, other], left_out={}, products="bf16", steps=50)
     head = {**machine.describe("cpu"), "device": "cuda", "gpu": "NVIDIA H200", "size": "full", "schema": 1}
     tops = {"copy": 4000.0, "fp32": 500.0, "bf16": 1000.0}
     return head | {"ceilings": tops, "cases": [case], "failures": {}, "not_measured": ["lstm: late"]} | more
@@ -191,11 +227,13 @@ def test_the_report_of_a_gpu():
         "auto took for lstm: triton.",
         "The host takes longer than the GPU: lstm: a layer: fastlm 2 ms.",
         "Not measured, for want of time: lstm: late.",
+        "lstm: a layer, us a step: fastlm 20.00, fastlm cuda 10.00.",
         "<= 2 ms, <= 2,000 MB | NO | 100% of GEMM",
         "0.50x",
     ):
         assert wanted in text, text
-    assert "auto took" not in report.as_markdown(a_run(device="cpu"))
+    on_cpu = report.as_markdown(a_run(device="cpu"))
+    assert "auto took" not in on_cpu and "us a step" not in on_cpu
 
 
 def test_the_most_telling_cases_come_first():
