@@ -59,35 +59,6 @@ inline Device device_of(const Tensor& x) {
   return device;
 }
 
-// Blocks of a kernel, in clusters, that run at once: the most that a cooperative launch may have. The driver is asked
-// once for each device, kernel and size, and allows the kernel so much shared memory and so large a cluster then.
-inline int resident_blocks(const Device& device, const void* kernel, int threads, int shared_memory, int cluster = 1) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, int, int, int>, int> known;
-  const std::tuple key(device.index, kernel, threads, shared_memory, cluster);
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (known.count(key) == 0) {
-    cudaFuncAttributes allowed;
-    STD_CUDA_CHECK(cudaFuncGetAttributes(&allowed, kernel));
-    if (shared_memory > allowed.maxDynamicSharedSizeBytes)  // for all its sizes: never less than before
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory));
-    int count = 0, whole = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, shared_memory));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&whole, cudaDevAttrMultiProcessorCount, device.index));
-    count *= whole;
-    if (cluster > 1) {
-      if (cluster > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-      cudaLaunchAttribute size{cudaLaunchAttributeClusterDimension, {}, {}};
-      size.val.clusterDim = {unsigned(cluster), 1, 1};
-      cudaLaunchConfig_t config{dim3(cluster), dim3(threads), size_t(shared_memory), nullptr, &size, 1};
-      STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
-      count *= cluster;
-    }
-    known[key] = count;
-  }
-  return known[key];
-}
-
 }  // namespace fastlm
 #endif
 

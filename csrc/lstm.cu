@@ -3,6 +3,7 @@
 // weight, masked once for a pass, and a kernel for all that is element by element: forward it leaves the activated
 // gates in the place of `projected`, which backward turns into the gradients of their pre-activations.
 #include "common.cuh"
+#include "lstm_args.h"
 
 namespace fastlm {
 namespace {
@@ -95,6 +96,8 @@ __global__ void __launch_bounds__(kThreads) lstm_backward_step_kernel(BackwardSt
 }  // namespace fastlm
 
 #ifndef FASTLM_EMULATED
+#include <string_view>
+
 namespace fastlm {
 namespace {
 
@@ -120,24 +123,168 @@ struct Backward {
   int64_t time() const { return cells.size(0); }
 };
 
-// What came of asking for a persistent kernel: it runs; the driver has no room for its blocks, so that fewer of them
-// may go; no number of blocks holds the weight.
-enum class Launch { done, no_room, no_plan };
+float* cells_at(const Tensor& cells, int64_t step) {
+  return static_cast<float*>(cells.mutable_data_ptr()) + step * cells.size(1) * cells.size(2);
+}
 
-Launch persistent_forward(const Device&, const Forward&) { return Launch::no_plan; }
+std::optional<Tensor> in_float(const std::optional<Tensor>& x) {
+  return x.has_value() ? std::optional<Tensor>(torch::stable::to(*x, ScalarType::Float)) : std::nullopt;
+}
 
-Launch persistent_backward(const Device&, const Backward&) { return Launch::no_plan; }
+// The way of h between blocks that FASTLM_CUDA_EXCHANGE names, for tests; else none.
+std::optional<lstm::Exchange> wanted_exchange() {
+  constexpr std::pair<const char*, lstm::Exchange> kNames[] = {{"data", lstm::Exchange::data},
+                                                               {"flags", lstm::Exchange::flags},
+                                                               {"grid", lstm::Exchange::grid},
+                                                               {"multicast", lstm::Exchange::multicast},
+                                                               {"cluster", lstm::Exchange::cluster}};
+  const char* name = std::getenv("FASTLM_CUDA_EXCHANGE");
+  for (const auto& [known, exchange] : kNames)
+    if (name != nullptr && std::string_view(name) == known) return exchange;
+  return std::nullopt;
+}
 
-// The persistent kernel with as many blocks as the device has room for; false where there is none for the call.
-template <typename Call>
-bool persistent(Launch (*launch)(const Device&, const Call&), const Device& device, const Call& call) {
-  if (call.time() < kFewestSteps || !device.cooperative) return false;
-  Launch found = Launch::no_room;
-  for (Device part = device; found == Launch::no_room && part.multiprocessors > 0;) {
-    found = launch(part, call);
-    part.multiprocessors = part.multiprocessors * 3 / 4;
+// What a plan may use of a device. Clusters are counted for blocks that have a multiprocessor each.
+lstm::Device budget_of(const Device& device) {
+  lstm::Device budget{device.multiprocessors, device.shared_memory, {}};
+  lstm::Plan probe{};
+  probe.tiling = lstm::kMulticast[0];
+  probe.exchange = lstm::Exchange::multicast;
+  probe.slices = probe.replicas = 1;
+  probe.shared = device.shared_memory;
+  for (int i = 0; i < 5 && device.capability >= 90; ++i) {
+    probe.cluster = probe.groups = 1 << i;
+    budget.clusters[i] = lstm::resident_forward(probe) / probe.cluster;
   }
-  return found == Launch::done;
+  return budget;
+}
+
+// The quickest plan by estimate; its time is 0 where there is none.
+template <bool BACKWARD>
+lstm::Plan quickest(int64_t H, int64_t B, bool split, std::optional<lstm::Exchange> wanted,
+                    const lstm::Device& budget) {
+  using lstm::Exchange;
+  lstm::Plan best{};
+  const auto take = [&](const lstm::Plan& p) {
+    if (p.nanoseconds > 0 && lstm::better(p, best)) best = p;
+  };
+  for (const Exchange exchange :
+       {Exchange::data, Exchange::flags, Exchange::grid, Exchange::multicast, Exchange::cluster}) {
+    // The last two are of Hopper, and of the backward the sums of a group within a cluster, beside words that come.
+    const bool clusters = exchange == Exchange::multicast || exchange == Exchange::cluster;
+    if (wanted.has_value() ? exchange != *wanted : exchange == Exchange::flags || exchange == Exchange::grid) continue;
+    if constexpr (BACKWARD) {
+      take(lstm::plan_backward(H, B, split, clusters ? Exchange::data : exchange, clusters, budget));
+    } else {
+      take(lstm::plan_forward(H, B, split, exchange, budget));
+    }
+  }
+  return best;
+}
+
+// The plan of a layer on a device: the quickest one whose blocks the driver runs at once, on fewer multiprocessors
+// with more units each where it has no room for as many as there are. Looked for once.
+template <bool BACKWARD>
+lstm::Plan plan_of(const Device& device, int64_t H, int64_t B, bool split) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int64_t, int64_t, bool, int>, lstm::Plan> known;
+  const std::optional<lstm::Exchange> wanted = wanted_exchange();
+  const std::tuple key(device.index, device.multiprocessors, H, B, split, wanted.has_value() ? int(*wanted) : -1);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  lstm::Device budget = budget_of(device);
+  lstm::Plan plan = quickest<BACKWARD>(H, B, split, wanted, budget);
+  while (plan.nanoseconds > 0) {
+    const int room = BACKWARD ? lstm::resident_backward(plan) : lstm::resident_forward(plan);
+    if (room >= plan.blocks()) break;
+    budget.multiprocessors = std::min(plan.blocks() - 1, std::max(room, budget.multiprocessors / 2));
+    plan = quickest<BACKWARD>(H, B, split, wanted, budget);
+  }
+  cudaGetLastError();  // what the driver has refused is no error of a kernel to come
+  return known[key] = plan;
+}
+
+// Whether a persistent kernel may serve: there are steps enough, and all its blocks can be made to run at once.
+bool may_persist(const Device& device, int64_t steps, int64_t B, int64_t H) {
+  return device.cooperative && steps >= kFewestSteps && std::max({steps, B, H}) < INT32_MAX;
+}
+
+// Whether the launch is done; not where others have taken multiprocessors since the plan was made.
+bool launched(cudaError_t error) {
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();
+    return false;
+  }
+  STD_CUDA_CHECK(error);
+  return true;
+}
+
+uint32_t* words(const Tensor& x) { return static_cast<uint32_t*>(x.mutable_data_ptr()); }
+
+// One kernel for all steps, with the weights on the chip; false where no plan fits.
+bool persistent_forward(const Device& device, const Forward& call) {
+  const int64_t T = call.time(), B = call.y.size(1), H = call.y.size(2);
+  if (!may_persist(device, T, B, H)) return false;
+  const bool split = call.y.scalar_type() == ScalarType::Float && !call.tf32;
+  const lstm::Plan plan = plan_of<false>(device, H, B, split);
+  if (plan.nanoseconds == 0) return false;
+  const auto space = [&](int64_t words) { return torch::stable::new_empty(call.y, {words}, ScalarType::Int); };
+  const Tensor exchange = space(lstm::forward_exchange(plan, T, B, H)), flags = space(lstm::flag_words(plan));
+  return launched(lstm::run_forward({.plan = plan,
+                                     .T = int(T),
+                                     .B = int(B),
+                                     .H = int(H),
+                                     .dtype = dtype_of(call.y, "projected"),
+                                     .state = dtype_of(call.c0, "c0"),
+                                     .reverse = call.reverse,
+                                     .p = call.p,
+                                     .seed = static_cast<const int64_t*>(data(call.seed)),
+                                     .weight = call.weight.const_data_ptr(),
+                                     .h0 = call.h0.const_data_ptr(),
+                                     .c0 = call.c0.const_data_ptr(),
+                                     .gates = call.projected.mutable_data_ptr(),
+                                     .cells = call.keep ? cells_at(call.cells, 0) : nullptr,
+                                     .y = call.y.mutable_data_ptr(),
+                                     .h_n = call.h_n.mutable_data_ptr(),
+                                     .c_n = call.c_n.mutable_data_ptr(),
+                                     .exchange = words(exchange),
+                                     .flags = words(flags)},
+                                    current_stream(call.y)));
+}
+
+bool persistent_backward(const Device& device, const Backward& call) {
+  const int64_t T = call.time(), B = call.cells.size(1), H = call.cells.size(2);
+  if (!may_persist(device, T, B, H)) return false;
+  const bool split = call.gates.scalar_type() == ScalarType::Float && !call.tf32;
+  const lstm::Plan plan = plan_of<true>(device, H, B, split);
+  if (plan.nanoseconds == 0) return false;
+  const auto space = [&](int64_t words) { return torch::stable::new_empty(call.cells, {words}, ScalarType::Int); };
+  const Tensor exchange = space(lstm::backward_exchange(plan, T, B)), flags = space(lstm::flag_words(plan));
+  const Tensor peaks = space(T + 1), handed = space(lstm::handed_floats(plan));
+  const std::optional<Tensor> dh = in_float(call.dh), dc = in_float(call.dc);
+  return launched(lstm::run_backward({.plan = plan,
+                                      .T = int(T),
+                                      .B = int(B),
+                                      .H = int(H),
+                                      .dtype = dtype_of(call.gates, "gates"),
+                                      .state = dtype_of(call.c0, "c0"),
+                                      .reverse = call.reverse,
+                                      .p = call.p,
+                                      .seed = static_cast<const int64_t*>(data(call.seed)),
+                                      .weight = call.weight.const_data_ptr(),
+                                      .dy = data(call.dy),
+                                      .dh_n = static_cast<const float*>(data(dh)),
+                                      .dc_n = static_cast<const float*>(data(dc)),
+                                      .c0 = call.c0.const_data_ptr(),
+                                      .cells = cells_at(call.cells, 0),
+                                      .gates = call.gates.mutable_data_ptr(),
+                                      .dh0 = static_cast<float*>(call.dh0.mutable_data_ptr()),
+                                      .dc0 = static_cast<float*>(call.dc0.mutable_data_ptr()),
+                                      .exchange = words(exchange),
+                                      .flags = words(flags),
+                                      .peaks = words(peaks),
+                                      .handed = reinterpret_cast<float*>(words(handed))},
+                                     current_stream(call.cells)));
 }
 
 Tensor masked(const Tensor& weight, const std::optional<Tensor>& seed, double p) {
@@ -161,10 +308,6 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
 
 dim3 step_grid(int64_t batch, int64_t hidden) {
   return dim3(unsigned((hidden + kThreads - 1) / kThreads), unsigned(batch < 65535 ? batch : 65535));
-}
-
-float* cells_at(const Tensor& cells, int64_t step) {
-  return static_cast<float*>(cells.mutable_data_ptr()) + step * cells.size(1) * cells.size(2);
 }
 
 template <typename T>
@@ -200,9 +343,7 @@ void alternating_backward(const Backward& call) {
   const int64_t steps = call.time(), B = call.cells.size(1), H = call.cells.size(2);
   const Tensor weight = masked(call.weight, call.seed, call.p);
   const Tensor c0 = torch::stable::to(call.c0, ScalarType::Float);
-  std::optional<Tensor> given = call.dh, dc = call.dc;
-  for (std::optional<Tensor>* x : {&given, &dc})
-    if (x->has_value()) *x = torch::stable::to(**x, ScalarType::Float);
+  const std::optional<Tensor> given = in_float(call.dh), dc = in_float(call.dc);
   Tensor rows = torch::stable::view(call.gates, {steps * B, 4 * H});
   BackwardStep step{};
   step.given = static_cast<const float*>(data(given));
@@ -271,7 +412,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& projected, const Te
                      torch::stable::empty_like(h0),
                      torch::stable::empty_like(c0),
                      cells};
-  if (!persistent(persistent_forward, device, call))
+  if (!persistent_forward(device, call))
     FASTLM_CUDA_DISPATCH(dtype_of(projected, "projected"), alternating_forward<scalar_t>(call));
   return {y, call.h_n, call.c_n, cells};
 }
@@ -312,7 +453,7 @@ std::tuple<Tensor, Tensor> bwd(const std::optional<Tensor>& dy_, const std::opti
     Tensor dh0 = call.dh0, dc0 = call.dc0;
     dh.has_value() ? torch::stable::copy_(dh0, *dh) : torch::stable::zero_(dh0);
     dc.has_value() ? torch::stable::copy_(dc0, *dc) : torch::stable::zero_(dc0);
-  } else if (!persistent(persistent_backward, device, call)) {
+  } else if (!persistent_backward(device, call)) {
     FASTLM_CUDA_DISPATCH(dtype_of(gates, "gates"), alternating_backward<scalar_t>(call));
   }
   return {call.dh0, call.dc0};
