@@ -3,7 +3,6 @@
 // weight, masked once for a pass, and a kernel for all that is element by element: forward it leaves the activated
 // gates in the place of `projected`, which backward turns into the gradients of their pre-activations.
 #include "common.cuh"
-#include "lstm_args.h"
 
 namespace fastlm {
 namespace {
@@ -97,6 +96,8 @@ __global__ void __launch_bounds__(kThreads) lstm_backward_step_kernel(BackwardSt
 
 #ifndef FASTLM_EMULATED
 #include <string_view>
+
+#include "lstm_args.h"
 
 namespace fastlm {
 namespace {
