@@ -261,7 +261,8 @@ bool persistent_backward(const Device& device, const Backward& call) {
   if (plan.nanoseconds == 0) return false;
   const auto space = [&](int64_t words) { return torch::stable::new_empty(call.cells, {words}, ScalarType::Int); };
   const Tensor exchange = space(lstm::backward_exchange(plan, T, B)), flags = space(lstm::flag_words(plan));
-  const Tensor peaks = space(T + 1), handed = space(lstm::handed_floats(plan));
+  const Tensor peaks = torch::stable::new_zeros(call.cells, {T + 1}, ScalarType::Int);  // maxima grow from zero
+  const Tensor handed = space(lstm::handed_floats(plan));
   const std::optional<Tensor> dh = in_float(call.dh), dc = in_float(call.dc);
   return launched(lstm::run_backward({.plan = plan,
                                       .T = int(T),
