@@ -3,8 +3,9 @@
 #   make test      every test
 #   make bench     time everything beside its competitors; ARGS="--quick" for the lines with a target alone
 #   make gpu       on a machine with a GPU, within nine minutes and without a network: build with the packages that are
-#                  there, run every test marked gpu, then the benchmarks; ONLY="test" or ONLY="qrnn_pool lstm" runs a
-#                  part, OUT=... is another folder for the results, ARGS="--device cpu" tries it out without a GPU
+#                  there, run every test marked gpu, the kernels under compute-sanitizer, then the benchmarks; ONLY="test"
+#                  or ONLY="qrnn_pool lstm" runs a part, OUT=... is another folder for the results, ARGS="--device cpu"
+#                  tries it out without a GPU
 #   make sanitize  the tests of the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make lint      formatting and the rules that a grep can check
 #   make clean     remove all that the other targets made

@@ -1,9 +1,11 @@
 """`make gpu`: builds what can be built, runs every test that is marked gpu, then the benchmarks, within nine minutes.
 
-    make gpu                          build, test, bench
-    make gpu ONLY="test"              one part; also "build" and "bench"
+    make gpu                          build, test, check, bench
+    make gpu ONLY="test"              one part; also "build", "check" and "bench"
     make gpu ONLY="qrnn_pool lstm"    the tests and benchmarks of these operators
     make gpu ONLY="build bench lstm"  parts of operators
+
+"check" runs each CUDA kernel on a tiny problem under NVIDIA's compute-sanitizer, where that is installed.
 
 It takes the interpreter and the packages that are here: no virtual environment, no network. A part has a limit and
 leaves what it does not use to the benchmarks, which measure in the order of worth and write what they have when time
@@ -29,9 +31,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("build", "test", "bench")
+PARTS = ("build", "test", "check", "bench")
 MODULES = ("_C", "_C_cuda", "_host")
-LIMITS = {"build": 150.0, "test": 240.0}  # seconds; the benchmarks have what is left
+LIMITS = {"build": 150.0, "test": 200.0, "check": 60.0}  # seconds; the benchmarks have what is left
+CHECKS = ("memcheck", "racecheck", "synccheck")
 SECONDS = 525.0  # of all parts, for the whole to end within nine minutes
 TO_WRITE = 30.0  # seconds that the benchmarks get after their last case began, for table, plots and files
 WORKERS = 4  # processes of tests that share the GPU: most of their time goes to compilers on the CPU
@@ -73,7 +76,7 @@ def choose(only: Sequence[str]) -> tuple[list[str], list[str]]:
             raise ValueError(f"ONLY: {word!r} is none of {', '.join([*PARTS, *known])}")
     parts, ops = [p for p in PARTS if p in only], [word for word in only if word not in PARTS]
     if not parts:
-        parts = ["test", "bench"] if ops else list(PARTS)
+        parts = list(PARTS[1:] if ops else PARTS)
     elif ops and parts == ["build"]:
         parts = list(PARTS)
     return parts, ops
@@ -96,6 +99,18 @@ def test(ops: Sequence[str], device: str) -> list[list[str]]:
     if device == "cuda" and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(WORKERS)]
     return [command]
+
+
+def check(ops: Sequence[str], device: str) -> list[list[str]]:
+    """Each CUDA kernel on a tiny problem, once under each tool of compute-sanitizer, of the CUDA toolkit."""
+    run = [sys.executable, str(ROOT / "tests" / "tiny_kernels.py"), "--device", device, *ops]
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(home))
+    if tool is None or device == "cpu":
+        print("make gpu: no compute-sanitizer here: the kernels run without it", flush=True)
+        return [run]
+    ours = ["--kernel-name", "kernel_substring=fastlm", "--error-exitcode", "1"]  # else the libraries' take minutes
+    return [[tool, "--tool", name, *ours, *run] for name in CHECKS]
 
 
 def bench(ops: Sequence[str], device: str, out: str | None, seconds: float) -> list[list[str]]:
@@ -189,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "bench":
             commands = bench(ops, options.device, options.out, max(1.0, left - TO_WRITE))
         else:
-            commands = build() if name == "build" else test(ops, options.device)
+            commands = build() if name == "build" else (test if name == "test" else check)(ops, options.device)
             left = min(left, LIMITS[name])
         right = (0, NO_TESTS) if name == "test" and ops else (0,)
         log = ROOT / "build" / "gpu.log" if name == "build" else None  # of compilers, which say much
@@ -202,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--only", default="", help="parts (build, test, bench) and operators, separated by blanks")
+    made.add_argument("--only", default="", help=f"parts ({', '.join(PARTS)}) and operators, separated by blanks")
     made.add_argument("--out", help="folder of the results; default: benchmarks/results")
     made.add_argument("--seconds", type=float, default=SECONDS, help=f"for all parts, default {SECONDS:.0f}")
     made.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: try the target out without a GPU")

@@ -26,11 +26,12 @@ def python(code):
 @pytest.mark.parametrize(
     ("only", "parts", "ops"),
     [
-        ("", ["build", "test", "bench"], []),
+        ("", ["build", "test", "check", "bench"], []),
         ("test", ["test"], []),
         ("bench test", ["test", "bench"], []),
-        ("qrnn_pool lstm", ["test", "bench"], ["qrnn_pool", "lstm"]),
-        ("build qrnn_pool", ["build", "test", "bench"], ["qrnn_pool"]),
+        ("qrnn_pool lstm", ["test", "check", "bench"], ["qrnn_pool", "lstm"]),
+        ("build qrnn_pool", ["build", "test", "check", "bench"], ["qrnn_pool"]),
+        ("check lstm", ["check"], ["lstm"]),
         ("bench training", ["bench"], ["training"]),
     ],
 )
@@ -54,6 +55,21 @@ def test_what_the_parts_run(tmp_path):
     assert {"--no-build-isolation", "--no-deps", "-e"} < set(install) and report[-1] == "--built"
 
 
+def test_the_checks_run_under_each_tool(tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    (plain,) = gpu.check(["lstm"], "cuda")
+    assert plain[-3:] == ["--device", "cuda", "lstm"] and Path(plain[1]).exists()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    commands = gpu.check(["lstm"], "cuda")
+    assert [command[:3] for command in commands] == [[str(tool), "--tool", name] for name in gpu.CHECKS]
+    assert all(command[-len(plain) :] == plain for command in commands)
+    assert gpu.check(["lstm"], "cpu") == [[*plain[:-2], "cpu", "lstm"]]
+
+
 def test_a_part_ends_with_all_that_it_started_when_its_time_is_over(tmp_path, capfd):
     left = tmp_path / "left"
     child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(left)!r}).write_text('still there')"
@@ -69,12 +85,14 @@ def test_a_part_ends_with_all_that_it_started_when_its_time_is_over(tmp_path, ca
 def test_parts_that_fail_stop_no_other(monkeypatch, capfd):
     monkeypatch.setattr(gpu, "build", lambda: [python("raise SystemExit(3)"), python("print('not reached')")])
     monkeypatch.setattr(gpu, "test", lambda ops, device: [python("import time; time.sleep(60)")])
+    monkeypatch.setattr(gpu, "check", lambda ops, device: [python("print('checked')")])
     monkeypatch.setattr(gpu, "bench", lambda ops, device, out, seconds: [python(f"print('measured', {seconds:.0f})")])
     monkeypatch.setitem(gpu.LIMITS, "test", 1.0)
     assert gpu.main(["--device", "cpu", "--seconds", "60"]) == 1
     lines = capfd.readouterr().out.splitlines()
-    assert lines[-4].split() == ["build", lines[-4].split()[1], "s", "status", "3"]
-    assert lines[-3].startswith("test ") and lines[-3].endswith("s  stopped after 1 s")
+    assert lines[-5].split() == ["build", lines[-5].split()[1], "s", "status", "3"]
+    assert lines[-4].startswith("test ") and lines[-4].endswith("s  stopped after 1 s")
+    assert lines[-3].startswith("check ") and lines[-3].endswith("s  ok")
     assert lines[-2].startswith("bench ") and lines[-2].endswith("s  ok") and lines[-1].startswith("whole ")
     assert any(line.startswith("measured 2") for line in lines), "the benchmarks have what is left"
 
@@ -126,7 +144,7 @@ def test_without_a_gpu_it_is_one_line():
 
 def test_an_unknown_word():
     status, _, err = make("ONLY=gru")
-    assert status == 2 and "ONLY: 'gru' is none of build, test, bench, cache_attention" in err
+    assert status == 2 and "ONLY: 'gru' is none of build, test, check, bench, cache" in err
 
 
 def test_a_dry_run(tmp_path):
@@ -134,5 +152,6 @@ def test_a_dry_run(tmp_path):
     arguments = [f"OUT={tmp_path}", "ONLY=forget_mult", "ARGS=--device cpu"]
     status, out, err = make(*arguments, OMP_NUM_THREADS="1")
     assert status == 0, out + err
-    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["test", "bench", "whole"]
+    assert [line.split()[0] for line in out.splitlines()[-4:]] == ["test", "check", "bench", "whole"]
+    assert "forget_mult: impl=auto on cpu" in out
     assert any(path.suffix == ".json" for path in tmp_path.iterdir())
