@@ -308,8 +308,14 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);  // `out` once more, to be let go of
 }
 
-dim3 step_grid(int64_t batch, int64_t hidden) {
-  return dim3(unsigned((hidden + kThreads - 1) / kThreads), unsigned(batch < 65535 ? batch : 65535));
+template <typename Step>
+void launch_step(void (*kernel)(Step), const Step& step, const Tensor& x) {
+  cudaLaunchConfig_t config{};
+  config.gridDim.x = unsigned((step.hidden + kThreads - 1) / kThreads);
+  config.gridDim.y = unsigned(step.batch < 65535 ? step.batch : 65535);
+  config.blockDim.x = kThreads;
+  config.stream = current_stream(x);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, step));
 }
 
 template <typename T>
@@ -334,8 +340,7 @@ void alternating_forward(const Forward& call) {
     step.after = call.keep ? cells_at(call.cells, t) : static_cast<float*>(carry.mutable_data_ptr());
     step.y = h.mutable_data_ptr();
     if (n == steps - 1) step.h_n = call.h_n.mutable_data_ptr(), step.c_n = call.c_n.mutable_data_ptr();
-    lstm_forward_step_kernel<T><<<step_grid(B, H), kThreads, 0, current_stream(call.y)>>>(step);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_step(lstm_forward_step_kernel<T>, step, call.y);
     step.before = step.after;
   }
 }
@@ -359,8 +364,7 @@ void alternating_backward(const Backward& call) {
     step.cells = cells_at(call.cells, t);
     step.before = n > 0 ? cells_at(call.cells, earlier) : static_cast<const float*>(c0.const_data_ptr());
     step.dy = call.dy.has_value() ? static_cast<const T*>(call.dy->const_data_ptr()) + t * B * H : nullptr;
-    lstm_backward_step_kernel<T><<<step_grid(B, H), kThreads, 0, current_stream(call.cells)>>>(step);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_step(lstm_backward_step_kernel<T>, step, call.cells);
     multiply(gates, weight, call.dh0);
     step.given = nullptr;
     step.product = static_cast<const float*>(call.dh0.const_data_ptr());

@@ -1,0 +1,53 @@
+// What csrc/lstm.cu's host part needs of the CUDA runtime, played: a device whose facts and whose answers a test sets,
+// and launches that run on the spot, thread after thread.
+#pragma once
+#include "../emulator/cuda/cuda_runtime.h"
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorCooperativeLaunchTooLarge = 720 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrCooperativeLaunch,
+};
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
+typedef struct CUstream* cudaStream_t;
+
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int cooperative;
+    dim3 clusterDim;
+  } val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+inline int device_facts[5], steps_launched;
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr fact, int) {
+  *value = device_facts[fact];
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int*, Kernel, const cudaLaunchConfig_t*) {
+  return cudaErrorInvalidValue;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int*, Kernel, int, size_t) {
+  return cudaErrorInvalidValue;
+}
+
+template <typename Kernel, typename Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, const Args& args);

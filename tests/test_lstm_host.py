@@ -1,0 +1,113 @@
+"""The host part of the LSTM on CUDA, on the CPU: the alternating path's values, and which way a call goes.
+
+`tests/host_side` plays the CUDA runtime and the persistent kernels; the rest is csrc/lstm.cu as it is, with PyTorch's
+own products. What runs the kernels themselves is `test_lstm_steps.py` and `test_lstm_emulated.py`.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_lstm import KERNEL
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+
+BEGIN = """
+import ctypes, os, torch
+torch.ops.load_library({library!r})
+played = ctypes.CDLL({library!r})
+
+def product(a, b, dtype, *, out):
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+aten = torch.library.Library("aten", "IMPL")
+aten.impl("mm.dtype_out", product, "CPU")  # PyTorch has it on GPUs alone
+
+def play(multiprocessors=132, capability=90, cooperative=1, room=132, room_back=132, error=720):
+    played.play(multiprocessors, capability, cooperative, room, room_back, error)
+
+def seen():
+    found = (ctypes.c_int * 5)()
+    played.played(found)
+    return dict(zip(("steps", "forwards", "backwards", "blocks", "sizes"), found))
+
+def passes(T, B, H, dtype=torch.float32, tf32=False, **options):
+    play(**options)
+    tensors = [torch.randn(size).to(dtype) for size in ((T, B, 4 * H), (4 * H, H), (B, H), (B, H))]
+    y, *_, cells = torch.ops.fastlm.lstm_fwd(*tensors, None, 0.0, False, True, tf32)
+    forward = seen()
+    torch.ops.fastlm.lstm_bwd(y, None, None, tensors[0], cells, tensors[3], tensors[1], None, 0.0, False, tf32)
+    return forward, seen()
+
+play()
+import fastlm.ops
+"""
+
+WAYS = """
+# None of the blocks' launches goes through: both passes are alternating, right after they were asked for.
+forward, both = passes(9, 20, 1150)
+assert forward == dict(steps=9, forwards=1, backwards=0, blocks=forward["blocks"], sizes=1179), forward
+assert both == dict(steps=18, forwards=1, backwards=1, blocks=both["blocks"], sizes=1179), both
+assert 90 <= forward["blocks"] <= 132 and 90 <= both["blocks"] <= 132
+# Where it goes through there is no step; 16 bits and TF32 hold a layer that float32 does not.
+for dtype, tf32, persistent in ((torch.float32, True, 1), (torch.bfloat16, False, 1), (torch.float32, False, 0)):
+    forward, both = passes(8, 20, 2048, dtype, tf32, error=0)
+    assert both["forwards"] == both["backwards"] == persistent and both["steps"] == 16 * (1 - persistent), both
+# Too few steps, no promise of the driver, no multiprocessor to speak of.
+for T, options in ((7, {}), (8, dict(cooperative=0)), (8, dict(multiprocessors=1))):
+    forward, both = passes(T, 3, 400, **options, error=0)
+    assert both == dict(steps=2 * T, forwards=0, backwards=0, blocks=0, sizes=0), both
+# Less room than multiprocessors: fewer blocks with more units each, and none where the driver has no room at all.
+most = passes(8, 20, 400, error=0)[1]
+less = passes(8, 20, 400, room=50, room_back=30, error=0)
+assert less[0]["blocks"] <= 50 and less[1]["blocks"] <= 30 < most["blocks"] and less[1]["steps"] == 0
+assert passes(8, 20, 400, room=0, room_back=0, error=0)[1] == dict(steps=16, forwards=0, backwards=0, blocks=0, sizes=0)
+# A smaller device by the environment, a way of h that only another device has.
+os.environ["FASTLM_CUDA_MULTIPROCESSORS"] = "14"
+forward, both = passes(8, 20, 400, torch.bfloat16, error=0)
+assert 0 < forward["blocks"] <= 14 and 0 < both["blocks"] <= 14, (forward, both)
+del os.environ["FASTLM_CUDA_MULTIPROCESSORS"]
+for way, persistent in (("flags", 1), ("grid", 1), ("cluster", 0), ("no such", 1)):
+    os.environ["FASTLM_CUDA_EXCHANGE"] = way
+    assert passes(8, 20, 400, torch.bfloat16, error=0)[0]["forwards"] == persistent, way
+del os.environ["FASTLM_CUDA_EXCHANGE"]
+# Any other failure is one, and so is a GPU that is too old.
+old = "compute capability 8.0 or above, this one has 7.5"
+for options, message in ((dict(error=1), "CUDA error"), (dict(capability=75), old)):
+    try:
+        passes(8, 3, 5, **options)
+        raise SystemExit("no error")
+    except RuntimeError as error:
+        assert message in str(error), error
+# An empty sequence asks nobody.
+assert passes(0, 3, 5)[1]["steps"] == passes(8, 0, 5)[1]["steps"] == passes(8, 3, 0)[1]["steps"] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("needs g++ on Linux")
+    path = tmp_path_factory.mktemp("host") / "lstm.so"
+    include = [f"-I{ROOT / 'tests' / folder}" for folder in ("host_side", "emulator/cuda", "emulator")]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-DUSE_CUDA", "-w"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
+    command = ["g++", *flags, *include, str(ROOT / "tests" / "host_side" / "lstm.cpp"), "-o", str(path), *libraries]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return str(path)
+
+
+def test_values_of_the_alternating_path(library, fresh_python):
+    code = KERNEL.replace("assert _lib.instruction_set() == WANTED\n", "")
+    assert code != KERNEL
+    fresh_python(BEGIN.format(library=library) + code, FASTLM_DISABLE_NATIVE="1")
+
+
+def test_which_way_a_call_goes(library, fresh_python):
+    fresh_python(BEGIN.format(library=library) + WAYS, FASTLM_DISABLE_NATIVE="1")
