@@ -141,7 +141,7 @@ def cache_attention(
         memory: `(hidden [M, D], next_ids [M])`, the rows before the first one of this call, oldest first.
         start: `[N]` int64 or int32, the oldest position that each row may see (the beginning of its document, say).
             Position 0 is the first row of this call, -1 the last row of `memory`.
-        impl: `"auto"`, `"reference"`, `"cpu"` or `"triton"`.
+        impl: `"auto"`, `"reference"`, `"cpu"`, `"cuda"` or `"triton"`.
 
     Returns:
         `(log_mass, log_norm)`, each `[n_windows, n_thetas, N]` float32 (float64 for float64 input), in the order of the
