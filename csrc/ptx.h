@@ -6,6 +6,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 
@@ -142,12 +143,21 @@ FASTLM_PTX uint32_t max_pairs(uint32_t a, uint32_t b) {
                 return __vmaxu2(a, b));
 }
 
-// ---- Asynchronous copies of a thread: 16 aligned bytes each, zeros when not inside, in groups that complete in order
+// ---- Asynchronous copies of a thread, in groups that complete in order
 
+// 16 aligned bytes, past L1; zeros when not inside.
 FASTLM_PTX void copy_async_16(void* shared, const void* global, bool inside = true, Site site = Site::current()) {
-  FASTLM_EITHER(emulator::copy_async_16(shared, global, inside, site),
+  FASTLM_EITHER(emulator::copy_async(shared, global, 16, inside, site),
                 asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                              "r"(inside ? 16 : 0) : "memory"));
+}
+
+// 4, 8 or 16 aligned bytes.
+template <int bytes>
+FASTLM_PTX void copy_async(void* shared, const void* global, Site site = Site::current()) {
+  FASTLM_EITHER(emulator::copy_async(shared, global, bytes, true, site),
+                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global),
+                             "n"(bytes) : "memory"));
 }
 
 FASTLM_PTX void copy_async_commit(Site site = Site::current()) {
@@ -370,6 +380,26 @@ FASTLM_PTX void copy_bulk(void* shared, const void* global, unsigned bytes, uint
 // Between ordinary accesses, of this thread or seen by it, and a copy_bulk from or to the same place.
 FASTLM_PTX void fence_async(Site site = Site::current()) {
   FASTLM_EITHER(emulator::fence_async(site), FASTLM_SM90(asm volatile("fence.proxy.async;" :: : "memory")));
+}
+
+// ---- Arithmetic: one instruction each, denormal numbers flushed to zero
+
+// 2 to the x, with a relative error of 2^-22.
+FASTLM_PTX float exp2(float x) {
+  FASTLM_EITHER(std::exp2(x), {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  });
+}
+
+// 1 / x, with an error of one unit in the last place; 0 for infinity.
+FASTLM_PTX float reciprocal(float x) {
+  FASTLM_EITHER(1.0f / x, {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  });
 }
 
 // ---- Memory of a block

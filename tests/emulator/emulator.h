@@ -60,7 +60,7 @@ inline float shuffle_xor(float x, int lane_mask, Site site) {
   return __uint_as_float(shuffle_xor(__float_as_uint(x), lane_mask, site));
 }
 
-void copy_async_16(void* shared, const void* global, bool inside, Site site);
+void copy_async(void* shared, const void* global, unsigned bytes, bool inside, Site site);
 void copy_async_commit(Site site);
 void copy_async_wait(int left, Site site);
 

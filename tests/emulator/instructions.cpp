@@ -102,8 +102,9 @@ void want_shared(const void* p, const char* what, const Site& site) {
   if (r == nullptr || r->shared_of != int(block().index)) fail("not this block's shared memory:" + in(what, site));
 }
 
-void want_aligned(const void* p, const char* what, const Site& site) {
-  if (reinterpret_cast<uintptr_t>(p) % 16) fail("misaligned: 16 bytes by " + describe(self()) + in(what, site));
+void want_aligned(const void* p, unsigned bytes, const char* what, const Site& site) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+  fail("misaligned: " + std::to_string(bytes) + " bytes by " + describe(self()) + in(what, site));
 }
 
 }  // namespace
@@ -310,7 +311,7 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, S
 void ldmatrix(uint32_t* r, unsigned matrices, const void* row, Site site) {
   if (self().lane < 8 * matrices) {
     want_shared(row, "ldmatrix", site);
-    want_aligned(row, "ldmatrix", site);
+    want_aligned(row, 16, "ldmatrix", site);
     access(row, 16, Access::padding, site);
   }
   struct Rows {
@@ -333,9 +334,9 @@ namespace {
 
 void land(const Copy& c) {
   if (c.inside) {
-    std::memcpy(c.to, c.from, 16);
+    std::memcpy(c.to, c.from, c.bytes);
   } else {
-    std::memset(c.to, 0, 16);
+    std::memset(c.to, 0, c.bytes);
   }
 }
 
@@ -349,15 +350,16 @@ void land_some_copies(Thread& t) {
   });
 }
 
-void copy_async_16(void* shared, const void* global, bool inside, Site site) {
-  want_shared(shared, "copy_async_16", site);
-  want_aligned(shared, "copy_async_16", site);
-  want_aligned(global, "copy_async_16", site);
+void copy_async(void* shared, const void* global, unsigned bytes, bool inside, Site site) {
+  want_shared(shared, "copy_async", site);
+  want_aligned(shared, bytes, "copy_async", site);
+  want_aligned(global, bytes, "copy_async", site);
   Thread& t = self();
   const Actor copy{t.id, copier(t), t.group, &t.knows};
-  if (inside) access(copy, global, 16, Access::padding, place_of(site));
-  access(copy, shared, 16, Access::write, place_of(site));
-  t.copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), inside, t.group});
+  if (inside) access(copy, global, bytes, Access::padding, place_of(site));
+  access(copy, shared, bytes, Access::write, place_of(site));
+  t.copies.push_back(
+      {static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes, inside, t.group});
 }
 
 void copy_async_commit(Site site) {

@@ -62,6 +62,7 @@ struct Warp;
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
+  unsigned bytes;
   bool inside;
   uint32_t group;
 };
