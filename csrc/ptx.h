@@ -152,12 +152,17 @@ FASTLM_PTX void copy_async_16(void* shared, const void* global, bool inside = tr
                              "r"(inside ? 16 : 0) : "memory"));
 }
 
-// 4, 8 or 16 aligned bytes.
+// 4, 8 or 16 aligned bytes; what can pass L1 does.
 template <int bytes>
 FASTLM_PTX void copy_async(void* shared, const void* global, Site site = Site::current()) {
-  FASTLM_EITHER(emulator::copy_async(shared, global, bytes, true, site),
-                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global),
-                             "n"(bytes) : "memory"));
+  FASTLM_EITHER(
+      emulator::copy_async(shared, global, bytes, true, site),
+      if constexpr (bytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+      } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global), "n"(bytes)
+                     : "memory");
+      });
 }
 
 FASTLM_PTX void copy_async_commit(Site site = Site::current()) {

@@ -21,8 +21,12 @@ TORCH = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
 OBJECTS = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeFiles" / "_C_cuda.dir" / "csrc"
 ARCHES = ("sm_80", "sm_90")
 # Most kernels live on bandwidth: 64 registers keep four blocks of 256 threads a multiprocessor. Those that keep the
-# weights of an LSTM, or tiles of scores, have a multiprocessor to themselves, 256 threads that may fill it.
-REGISTERS, MAX_REGISTERS = 64, {"lstm_forward": 255, "lstm_backward": 255, "cache_attention": 255}
+# weights of an LSTM, or tiles of scores, have a multiprocessor to themselves, 256 threads that may fill it; for pooling
+# 16 warps do, each with 4 KB or more on their way.
+REGISTERS, MAX_REGISTERS = (
+    64,
+    {"qrnn_pool": 128, **dict.fromkeys(("lstm_forward", "lstm_backward", "cache_attention"), 255)},
+)
 SOURCES = sorted(ROOT.glob("csrc/*.cu"))
 
 

@@ -27,7 +27,7 @@ import torch
 from fastlm import _lib
 from fastlm.ops import _checks, philox
 
-EVERY = 8  # steps from one kept state to the next; csrc/qrnn_pool.cpp checks that it has the same
+EVERY = 8  # steps from one kept state to the next; csrc/qrnn_pool.cpp and csrc/qrnn_pool.cu have the same
 GATES = {"f": 2, "fo": 3, "ifo": 4}
 
 _lib.define(
@@ -186,7 +186,7 @@ def qrnn_pool(
         seed: int64 scalar tensor for the mask, on the device of `gates`; drawn from PyTorch's default generator when
             None and a mask is needed.
         reverse: run from T-1 down to 0.
-        impl: `"auto"`, `"reference"`, `"cpu"` or `"triton"`.
+        impl: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
 
     Returns:
         h [T, B, H] in the dtype of `gates`, and c_n [B, H], the cell after the last step, in the dtype of `c0`, else of
