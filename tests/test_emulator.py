@@ -209,7 +209,11 @@ def test_a_harmless_removal_has_a_reason(unit):
         emulated.assert_all_reported(unit, lambda: unit.run("toy_needless", out), reason | {"fence": "not here"})
 
 
-ESCAPES = {"out[0] = __float2half(widened(out[1]))": "widened", "memcpy(out, out + 64, n)": "memcpy"}
+ESCAPES = {
+    "out[0] = rounded(x)": "rounded",
+    "out[0] = __float2half(widened(out[1]))": "widened",
+    "memcpy(out, out + 64, n)": "memcpy",
+}
 
 
 @pytest.mark.parametrize("statement", ESCAPES, ids=ESCAPES.values())
@@ -219,8 +223,8 @@ def test_no_access_escapes_the_race_check(unit, tmp_path, statement):
         "#include <cuda_fp16.h>\n"
         "__attribute__((noinline)) __half rounded(float x) { return __float2half(x); }\n"
         "__attribute__((noinline)) float widened(__half x) { return __half2float(x); }\n"
-        f"void kernel(__half* out, int n) {{ {statement}; }}\n"
-        "void fine(__half* out, float x) { out[0] = rounded(x); }\n"
+        f"void kernel(__half* out, float x, int n) {{ {statement}; }}\n"
+        "void fine(__half* out, float x) { const __half y = rounded(x); out[0] = y; }\n"
     )
     with pytest.raises(AssertionError, match=rf"escape the race check:\n.*escape.cpp:4: .*{ESCAPES[statement]}.*\Z"):
         emulated.compile_unit(source, tmp_path / "escape.o")

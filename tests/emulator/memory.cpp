@@ -271,10 +271,13 @@ uint32_t code_place(const void* address) {
   return uint32_t(static_cast<const unsigned char*>(address) - base - 1);
 }
 
-__attribute__((noinline)) void plain_access(const void* p, size_t bytes, bool writes, const void* from) {
-  if (++machine.accesses == kEndless)
-    fail("hang: " + describe(self()) + " loops at " + describe_place(code_place(from)));
-  access(actor(self()), p, bytes, writes ? Access::write : Access::read, code_place(from));
+__attribute__((noinline)) void plain_access(const void* p, size_t bytes, bool writes, bool aligned, const void* from) {
+  const uint32_t at = code_place(from);
+  if (++machine.accesses == kEndless) fail("hang: " + describe(self()) + " loops at " + describe_place(at));
+  if (aligned && reinterpret_cast<uintptr_t>(p) % bytes) {
+    fail("misaligned: " + std::to_string(bytes) + " bytes by " + describe(self()) + " at " + describe_place(at));
+  }
+  access(actor(self()), p, bytes, writes ? Access::write : Access::read, at);
 }
 
 // Fibers' stacks and the program's own memory are not watched; the first page would be a null pointer.
@@ -286,16 +289,17 @@ inline bool is_watched(const void* p) {
 }  // namespace
 }  // namespace fastlm::emulator
 
-#define HOOK(name, bytes, writes)                                                   \
-  extern "C" void name(void* p) {                                                   \
-    using namespace fastlm::emulator;                                               \
-    if (is_watched(p)) plain_access(p, bytes, writes, __builtin_return_address(0)); \
+// Alignment is that of the type: the compiler calls the other functions where it promises less.
+#define HOOK(name, bytes, writes, aligned)                                                   \
+  extern "C" void name(void* p) {                                                            \
+    using namespace fastlm::emulator;                                                        \
+    if (is_watched(p)) plain_access(p, bytes, writes, aligned, __builtin_return_address(0)); \
   }
-#define HOOKS(bytes)                               \
-  HOOK(__tsan_read##bytes, bytes, false)           \
-  HOOK(__tsan_write##bytes, bytes, true)           \
-  HOOK(__tsan_unaligned_read##bytes, bytes, false) \
-  HOOK(__tsan_unaligned_write##bytes, bytes, true)
+#define HOOKS(bytes)                                      \
+  HOOK(__tsan_read##bytes, bytes, false, true)            \
+  HOOK(__tsan_write##bytes, bytes, true, true)            \
+  HOOK(__tsan_unaligned_read##bytes, bytes, false, false) \
+  HOOK(__tsan_unaligned_write##bytes, bytes, true, false)
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
@@ -304,25 +308,10 @@ HOOKS(16)
 
 extern "C" void __tsan_read_range(void* p, unsigned long bytes) {
   using namespace fastlm::emulator;
-  if (is_watched(p)) plain_access(p, bytes, false, __builtin_return_address(0));
+  if (is_watched(p)) plain_access(p, bytes, false, false, __builtin_return_address(0));
 }
 extern "C" void __tsan_write_range(void* p, unsigned long bytes) {
   using namespace fastlm::emulator;
-  if (is_watched(p)) plain_access(p, bytes, true, __builtin_return_address(0));
+  if (is_watched(p)) plain_access(p, bytes, true, false, __builtin_return_address(0));
 }
 extern "C" void __tsan_init() {}
-
-// From -fsanitize=alignment: the compiler calls this where an address does not suit its type.
-struct TypeMismatch {
-  const char* file;
-  uint32_t line, column;
-  const void* type;
-  unsigned char log_alignment, kind;
-};
-extern "C" void __ubsan_handle_type_mismatch_v1(const TypeMismatch* what, const void*) {
-  using namespace fastlm::emulator;
-  if (machine.current == nullptr) return;
-  const char* slash = std::strrchr(what->file, '/');
-  fail("misaligned: " + std::to_string(1 << what->log_alignment) + " bytes by " + describe(self()) + " at " +
-       (slash ? slash + 1 : what->file) + ":" + std::to_string(what->line));
-}

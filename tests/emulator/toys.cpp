@@ -47,7 +47,10 @@ void block_sum(const float* x, float* out, int steps, Fault fault) {
     for (int i = 0; i < kThreads; ++i) total += staged[i];
     ptx::sync_block();
   }
-  if (fault == kMisaligned) total += reinterpret_cast<const float2*>(x + 1)->x;
+  if (fault == kMisaligned) {
+    const float2 pair = *reinterpret_cast<const float2*>(x + 1);
+    total += pair.x + pair.y;
+  }
   if (fault == kWritesInput) const_cast<float*>(x)[at] = total;
   out[at] = total;
   if (fault == kRaceAcrossBlocks && tid == 0) out[0] = total;
