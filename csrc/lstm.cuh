@@ -36,7 +36,7 @@ FASTLM_DEVICE void store(void* p, int64_t n, DType dtype, float x) {
   }
 }
 
-FASTLM_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+FASTLM_DEVICE float sigmoid(float x) { return ptx::reciprocal(1.0f + ptx::exp2(-1.4426950408889634f * x)); }
 FASTLM_DEVICE float tanh_of(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 
 // Two halves in a word, and in `left` what the rounding took.

@@ -89,10 +89,9 @@ def _call(command):
     assert done.returncode == 0, done.stderr
 
 
-def _engine(name):
-    source = EMULATOR / f"{name}.cpp"
+def _engine(source):
     found = _sources(source, set())
-    return _cached(f"{name}.o", found, lambda to: _call(["g++", *FLAGS, *ENGINE, "-c", source, "-o", to]))
+    return _cached(f"{source.stem}.o", found, lambda to: _call(["g++", *FLAGS, *ENGINE, "-c", source, "-o", to]))
 
 
 def _unwatched(dump):
@@ -134,7 +133,7 @@ def load(name):
     source = EMULATOR / f"{name}.cpp"
     with ThreadPoolExecutor() as pool:
         unit = pool.submit(_cached, f"{name}.o", _sources(source, set()), lambda to: compile_unit(source, to))
-        engine = pool.map(_engine, ("scheduler", "memory", "instructions", "mbarriers"))
+        engine = pool.map(_engine, sorted((EMULATOR / "engine").glob("*.cpp")))
     objects = [*engine, unit.result()]
     link = ["g++", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *objects, "-ldl"]
     return Unit(_cached(f"{name}.so", objects, lambda to: _call([*link, "-o", to])))

@@ -3,8 +3,8 @@
 #include <memory>
 #include <string>
 
+#include "../emulator.h"
 #include "clock.h"
-#include "emulator.h"
 
 namespace fastlm::emulator {
 
@@ -51,8 +51,9 @@ void forget_all_accesses();
 // Reports a fault of the running thread and does not return when there is one.
 void access(const Actor& actor, const void* p, size_t bytes, Access kind, uint32_t at);
 void access(const void* p, size_t bytes, Access kind, const Site& site);  // of the running thread
-uint32_t place_of(const Site& site);
-std::string describe_place(uint32_t at);
+void check_race(Region& r, const unsigned char* p, size_t bytes, const Actor& who, Access kind, uint32_t at);
+void want_shared(const void* p, const char* what, const Site& site);
+void want_aligned(const void* p, unsigned bytes, const char* what, const Site& site);
 
 // ---- Threads, warps, blocks, clusters
 
@@ -159,13 +160,24 @@ inline unsigned draw(unsigned n) {  // below n
 inline Actor actor(const Thread& t) { return {t.id, t.id, t.now, &t.knows}; }
 inline uint32_t copier(const Thread& t) { return t.id + times.threads; }
 
+uint32_t place_of(const Site& site);
+std::string describe_place(uint32_t at);
+std::string describe_waiting();
+std::string describe_mbarriers();
+std::string in(const char* what, const Site& site);
 std::string describe(uint32_t id);
 std::string describe(const Thread& t);
 std::string describe(const Site& site);
 struct Ended {};                                 // thrown by fail outside of a thread
 [[noreturn]] void fail(const std::string& why);  // ends the launch
+[[noreturn]] void misuse(const std::string& fault, const char* what, const Site& site);  // by the running thread
+[[noreturn]] void report(const char* fault, const Region& r, const unsigned char* p, const char* does, const Actor& who,
+                         uint32_t at, const std::string& other = {});
 
 void wake(Thread& t);
+void wake_others(Warp& w);
+bool meet_warp(const char* what, const Site& site,
+               const void* operand = nullptr);     // true for the last lane, which acts
 void suspend(const char* what, const Site& site);  // until woken
 void poll(const char* what, const Site& site);     // lets others run before it looks
 void yield();
@@ -177,8 +189,7 @@ void land_some_copies(Thread& t);
 void land_a_bulk_copy();
 void check_mbarriers_at_end(const Block& b);
 void check_peers_at_end(Block& b);
-std::string describe_mbarriers();
-void forget_instructions();
+void forget_releases();
 void forget_mbarriers();
 
 }  // namespace fastlm::emulator

@@ -1,7 +1,5 @@
-// Runs a launch: fibers, the order of blocks and warps, what ends it, and the functions through which a test drives it.
+// Runs a launch: fibers, the order of blocks and warps, and what ends it.
 #include <sys/mman.h>
-
-#include <map>
 
 #include "fiber.h"
 #include "machine.h"
@@ -22,18 +20,6 @@ void (*body)(void*) = nullptr;
 void* body_context = nullptr;
 std::vector<unsigned char*> free_stacks;
 std::vector<Block*> ready_blocks;
-
-struct Passed {
-  const char* what;
-  Site site;
-  bool kept;
-};
-std::vector<Passed> passed;  // the call sites of this run that a test may take away
-std::string removed, listing;
-
-std::string name_of(const Site& site) {
-  return std::string(site.file_name()) + ":" + std::to_string(site.line()) + ":" + std::to_string(site.column());
-}
 
 unsigned char* take_stack() {
   if (free_stacks.empty()) {
@@ -146,24 +132,6 @@ void unpark_all() {
   for (Thread* t : std::exchange(machine.parked, {})) wake(*t);
 }
 
-// Who waits where, an example of each.
-std::string describe_waiting() {
-  std::map<std::string, std::pair<std::string, unsigned>> places;
-  for (auto& b : machine.blocks) {
-    for (Thread& t : b->threads) {
-      if (t.done || t.waits_for == nullptr) continue;
-      auto& [who, count] = places[std::string(t.waits_for) + " at " + describe(t.site)];
-      if (count++ == 0) who = describe(t);
-    }
-  }
-  std::string text;
-  for (auto& [what, who] : places) {
-    text += (text.empty() ? "" : "; ") + who.first +
-            (who.second > 1 ? " and " + std::to_string(who.second - 1) + " more" : "") + " in " + what;
-  }
-  return text;
-}
-
 void run_all() {
   const unsigned count = unsigned(machine.clusters.size());
   std::vector<unsigned> order(count);
@@ -202,16 +170,6 @@ void run_all() {
 }
 
 }  // namespace
-
-std::string describe(uint32_t id) {
-  const uint32_t slot = id % times.per_block();
-  const std::string in = "block " + std::to_string(id / times.per_block());
-  if (slot < times.threads) return in + " thread " + std::to_string(slot);
-  if (slot < 2 * times.threads) return "a copy of " + in + " thread " + std::to_string(slot - times.threads);
-  return "a bulk copy into " + in;
-}
-
-std::string describe(const Thread& t) { return describe(t.id); }
 
 void fail(const std::string& why) {
   if (machine.failure.empty()) machine.failure = why;
@@ -262,16 +220,6 @@ void progress() {
   unpark_all();
 }
 
-bool keeps(const char* what, const Site& site) {
-  for (const Passed& p : passed) {
-    if (p.site.line() == site.line() && p.site.column() == site.column() && p.site.file_name() == site.file_name()) {
-      return p.kept;
-    }
-  }
-  passed.push_back({what, site, name_of(site) != removed});
-  return passed.back().kept;
-}
-
 void run(const Launch& launch, void (*kernel)(void*), void* context) {
   if (!machine.failure.empty()) return;
   const unsigned per_block = launch.block.x * launch.block.y * launch.block.z;
@@ -307,42 +255,11 @@ void run(const Launch& launch, void (*kernel)(void*), void* context) {
   }
   ready_blocks.clear();
   machine.parked.clear();
-  forget_instructions();
+  forget_releases();
+  forget_mbarriers();
   machine.clusters.clear();
   machine.blocks.clear();
   remove_regions(arrays);
 }
 
 }  // namespace fastlm::emulator
-
-// ---- What tests/emulated.py calls
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
-using namespace fastlm::emulator;
-
-EXPORT void emulator_begin(uint64_t seed, const char* removed_site) {
-  machine.random = seed * 0x9E3779B97F4A7C15 + 1;
-  machine.failure.clear();
-  removed = removed_site;
-  passed.clear();
-  remove_regions(0);
-}
-
-EXPORT void* emulator_array(const char* name, const void* from, size_t bytes, size_t align, size_t granule, int mode) {
-  Region& r = add_region(name, bytes, align, granule, Mode(mode));
-  if (r.mode == Mode::write) {
-    std::memset(r.begin, 0xFF, bytes);
-  } else {
-    std::memcpy(r.begin, from, bytes);
-  }
-  return r.begin;
-}
-
-EXPORT const char* emulator_failure() { return machine.failure.c_str(); }
-
-// The call sites that the run passed: "what file:line:column" on each line.
-EXPORT const char* emulator_sites() {
-  listing.clear();
-  for (const Passed& p : passed) listing += std::string(p.what) + " " + name_of(p.site) + "\n";
-  return listing.c_str();
-}

@@ -30,16 +30,12 @@ struct Flight {
 std::unordered_map<const void*, Barrier> barriers;
 std::vector<Flight> flights;
 
-std::string in(const char* what, const Site& site) {
-  return " by " + describe(self()) + " in " + what + " at " + describe(site);
-}
-
 Barrier& barrier_at(uint64_t* p, const char* what, const Site& site) {
   access(p, 8, Access::atomic_read, site);  // ordered after its initialisation
   const auto found = barriers.find(p);
-  if (found == barriers.end()) fail(std::string("an mbarrier that nobody made:") + in(what, site));
+  if (found == barriers.end()) misuse("an mbarrier that nobody made", what, site);
   Barrier& b = found->second;
-  if (b.home != &block() && !b.fenced) fail("missing fence_mbarrier_init:" + in(what, site));
+  if (b.home != &block() && !b.fenced) misuse("missing fence_mbarrier_init", what, site);
   return b;
 }
 
@@ -78,12 +74,12 @@ void check(const Flight& f, uint32_t whose) {
 void mbarrier_init(uint64_t* p, unsigned count, Site site) {
   const Region* r = find_region(p);
   if (r == nullptr || r->shared_of != int(block().index))
-    fail("not this block's shared memory" + in("mbarrier_init", site));
+    misuse("not this block's shared memory", "mbarrier_init", site);
   access(p, 8, Access::write, site);
   Barrier& b = barriers[p];
   const bool known = b.home != nullptr;
   if (!known && block().mbarriers == Times::kBarriers)
-    fail("more mbarriers than the emulator counts" + in("mbarrier_init", site));
+    misuse("more mbarriers than the emulator counts", "mbarrier_init", site);
   const uint32_t id = known ? b.id : block().index * times.per_block() + 2 * times.threads + block().mbarriers++;
   const unsigned phase = b.phase;
   b = {};
@@ -103,7 +99,7 @@ void fence_mbarrier_init(Site site) {
 void mbarrier_expect(uint64_t* p, unsigned bytes, Site site) {
   if (!keeps("mbarrier_expect", site)) return;
   Barrier& b = barrier_at(p, "mbarrier_expect", site);
-  if (b.home != &block()) fail("mbarrier_expect of another block's barrier" + in("mbarrier_expect", site));
+  if (b.home != &block()) misuse("mbarrier_expect of another block's barrier", "mbarrier_expect", site);
   b.bytes += bytes;
   arrive(b);
 }
@@ -115,7 +111,7 @@ void mbarrier_arrive(uint64_t* p, Site site) {
 void mbarrier_wait(uint64_t* p, unsigned parity, Site site) {
   if (!keeps("mbarrier_wait", site)) return;
   Barrier& b = barrier_at(p, "mbarrier_wait", site);
-  if (b.home != &block()) fail("mbarrier_wait at another block's barrier" + in("mbarrier_wait", site));
+  if (b.home != &block()) misuse("mbarrier_wait at another block's barrier", "mbarrier_wait", site);
   while (b.phase % 2 == parity) {
     b.waiting.push_back(&self());
     suspend("mbarrier_wait", site);
@@ -125,14 +121,14 @@ void mbarrier_wait(uint64_t* p, unsigned parity, Site site) {
 
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier, uint16_t ranks, Site site) {
   const auto odd = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes;
-  if (odd % 16 || bytes == 0) fail("misaligned: a bulk copy" + in("copy_bulk", site));
+  if (odd % 16 || bytes == 0) misuse("misaligned: a bulk copy", "copy_bulk", site);
   const Block& mine = block();
-  if (ranks == 0 || ranks >> mine.cluster->blocks.size()) fail("no such rank" + in("copy_bulk", site));
+  if (ranks == 0 || ranks >> mine.cluster->blocks.size()) misuse("no such rank", "copy_bulk", site);
   for (unsigned rank = 0; rank < mine.cluster->blocks.size(); ++rank) {
     if (!(ranks >> rank & 1)) continue;
     auto* there = static_cast<uint64_t*>(map_rank(barrier, rank, site));
     Barrier& b = barrier_at(there, "copy_bulk", site);
-    if (!b.fenced) fail("missing fence_mbarrier_init:" + in("copy_bulk", site));
+    if (!b.fenced) misuse("missing fence_mbarrier_init", "copy_bulk", site);
     flights.push_back({&b, static_cast<unsigned char*>(map_rank(shared, rank, site)),
                        static_cast<const unsigned char*>(global), bytes, place_of(site), self().knows});
     check(flights.back(), self().id);
