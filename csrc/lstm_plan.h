@@ -222,14 +222,18 @@ constexpr void consider(const Plan& shape, int64_t B, const Device& d, Plan& bes
   }
 }
 
-// The plan of the forward pass with one kind of exchange; `nanoseconds` is 0 when none fits.
-constexpr Plan plan_forward(int64_t H, int64_t B, bool split, Exchange exchange, const Device& d) {
+// The plan of the forward pass with one kind of exchange; `nanoseconds` is 0 when none fits. `only`: the place of the
+// one tiling of the table that a test wants.
+constexpr Plan plan_forward(int64_t H, int64_t B, bool split, Exchange exchange, const Device& d, int only = -1) {
   Plan best{};
   const auto shared = [&](const Plan& p) { return forward_shared(p, H); };
   const auto time = [&](const Plan& p) { return forward_time(p, H); };
+  const auto wanted = [&](const Tiling& t) {
+    return only < 0 || &t == kForward + only || &t == kMulticast + only || &t == kCluster + only;
+  };
   const auto one = [&](const Tiling& t, int cluster) {
     const int64_t blocks = ceil_div(H, 4 * t.tiles);
-    if (t.split != split || !has_kernel(t, exchange) || blocks > d.multiprocessors ||
+    if (t.split != split || !has_kernel(t, exchange) || !wanted(t) || blocks > d.multiprocessors ||
         (exchange == Exchange::cluster && blocks > cluster))
       return;
     const int groups = int(ceil_div(blocks, cluster) * cluster), depth = int(ceil_div(H, 16 * kWarps));
@@ -248,12 +252,13 @@ constexpr Plan plan_forward(int64_t H, int64_t B, bool split, Exchange exchange,
 }
 
 // The plan of the backward pass; `clusters`: whether groups add up within clusters or through global memory.
-constexpr Plan plan_backward(int64_t H, int64_t B, bool split, Exchange exchange, bool clusters, const Device& d) {
+constexpr Plan plan_backward(int64_t H, int64_t B, bool split, Exchange exchange, bool clusters, const Device& d,
+                             int only = -1) {
   Plan best{};
   const auto shared = [](const Plan& p) { return backward_shared(p); };
   const auto time = [](const Plan& p) { return backward_time(p); };
   for (const Tiling& t : kBackward) {
-    if (t.split != split || !has_kernel(t, exchange)) continue;
+    if (t.split != split || !has_kernel(t, exchange) || (only >= 0 && &t != kBackward + only)) continue;
     for (const int slices : {1, 2, 4, 8, 16}) {
       if (clusters && (slices == 1 || exchange != Exchange::data)) continue;
       for (int units = 1; units * slices <= 16 * t.tiles && units * 8 * t.columns <= kThreads; ++units) {

@@ -1,95 +1,295 @@
 """The persistent LSTM of csrc/lstm_*.cu on the CPU: values, schedules, races, and what happens without each barrier."""
 
 import ctypes
+import functools
+from typing import NamedTuple
 
 import emulated
 import pytest
 import torch
 from emulated import read, update, write
 
-from fastlm.ops import philox
 from fastlm.ops.lstm import _adjoint, _forward
 
 DATA, FLAGS, GRID, MULTICAST, CLUSTER = range(5)
-FIELDS = "exchange flags handed tiles columns units slices groups replicas passes depth sides cluster shared there kept"
+WORDS = ("there", "exchange", "flags", "handed", "tiles", "kept", "units", "slices", "groups", "replicas", "passes",
+         "depth", "sides", "cluster", "shared")  # fmt: skip
+SEED = torch.tensor(2**40 + 7)
+HALF, SPLIT = 6e-4, 1e-6  # of the result, by its norm, as the products have 11 or 22 bits
 
 
-def unit():
-    return emulated.load("lstm")
+class Wish(NamedTuple):
+    """Sizes, and a device such that the plan is the one that a case is for."""
+
+    T: int
+    B: int
+    H: int
+    split: int = 0
+    exchange: int = DATA
+    clusters: int = 0
+    multiprocessors: int = 132
+    shared: int = 227 * 1024
+    only: int = -1
+
+    def packed(self):
+        return torch.tensor(self)
 
 
-def plan(backward, T, B, H, split, exchange, clusters, multiprocessors):
-    out = (ctypes.c_int64 * 16)()
-    unit().library.lstm_plan(backward, T, B, H, split, exchange, clusters, multiprocessors, out)
-    return dict(zip(FIELDS.split(), out, strict=True))
+@functools.cache
+def unit(name):
+    return emulated.load(name)
 
 
-def layer(T, B, H, dtype=torch.float32, state=None, size=1.0):
-    torch.manual_seed(T + 10 * B + 100 * H)
-    weight = (torch.rand(4 * H, H) * 2 - 1) * H**-0.5 * size
-    h0, c0 = torch.randn(B, H) * 0.5, torch.randn(B, H)
-    return torch.randn(T, B, 4 * H).to(dtype), weight.to(dtype), h0.to(state or dtype), c0.to(state or dtype)
+def plan_of(wish, name):
+    given, out = (ctypes.c_int64 * len(wish))(*wish), (ctypes.c_int64 * len(WORDS))()
+    getattr(unit(name).library, f"{name}_plan")(given, out)
+    return dict(zip(WORDS, out, strict=True))
 
 
-def forward(T, B, H, *, split=0, exchange=DATA, multiprocessors=132, dtype=torch.float32, state=None, p=0.5,
-            reverse=False, schedules=None):  # fmt: skip
-    """The kernel's results and those of float64, and the plan."""
-    clusters = int(exchange in (MULTICAST, CLUSTER))
-    shape = plan(0, T, B, H, split, exchange, clusters, multiprocessors)
-    assert shape["there"], "no plan"
-    gates, weight, h0, c0 = layer(T, B, H, dtype, state)
-    seed = torch.tensor(2**40 + 7) if p else None
-    codes = emulated.DTYPES
-    found = unit().run(
-        "lstm_forward", T, B, H, split, exchange, clusters, multiprocessors, codes[dtype], codes[h0.dtype],
-        int(reverse), p, read("seed", seed), read("weight", weight), read("h0", h0), read("c0", c0),
-        update("gates", gates), write("cells", torch.empty(T, B, H)), write("y", torch.empty(T, B, H, dtype=dtype)),
-        write("h_n", h0), write("c_n", c0), write("exchange", torch.empty(shape["exchange"], dtype=torch.int32)),
-        write("flags", torch.empty(shape["flags"], dtype=torch.int32)), schedules=schedules or emulated.SCHEDULES,
+def layer(wish, dtype, state):
+    torch.manual_seed(hash(wish[:3]))
+    weight = (torch.rand(4 * wish.H, wish.H) * 2 - 1) * wish.H**-0.5
+    h0, c0 = torch.randn(wish.B, wish.H) * 0.5, torch.randn(wish.B, wish.H)
+    return torch.randn(wish.T, wish.B, 4 * wish.H).to(dtype), weight.to(dtype), h0.to(state), c0.to(state)
+
+
+def words(count):
+    return torch.empty(count, dtype=torch.int32)
+
+
+def forward(wish, *, dtype=torch.float32, state=torch.float32, p=0.5, reverse=False, keep=True, change=None, **options):
+    """What the kernel finds and what float64 does."""
+    plan, codes = plan_of(wish, "lstm_forward"), emulated.DTYPES
+    assert plan["there"], "no plan"
+    gates, weight, h0, c0 = layer(wish, dtype, state)
+    if change is not None:
+        change(gates)
+    T, B, H = wish[:3]
+    seed = SEED if p else None
+    found = unit("lstm_forward").run(
+        "lstm_forward", read("wish", wish.packed()), codes[dtype], codes[state], int(reverse), p, read("seed", seed),
+        read("weight", weight), read("h0", h0), read("c0", c0), update("gates", gates),
+        write("cells", torch.empty(T, B, H)) if keep else None, write("y", torch.empty(T, B, H, dtype=dtype)),
+        write("h_n", h0), write("c_n", c0), write("exchange", words(plan["exchange"])),
+        write("flags", words(plan["flags"])), **options,
     )  # fmt: skip
-    wanted_gates = gates.double()
-    y, h_n, c_n, cells = _forward(wanted_gates, weight.double(), h0.double(), c0.double(), seed, p, reverse, True)
-    return found, dict(y=y, h_n=h_n, c_n=c_n, cells=cells, gates=wanted_gates), shape
+    kept = gates.double()
+    y, h_n, c_n, cells = _forward(kept, weight.double(), h0.double(), c0.double(), seed, p, reverse, keep, False)
+    return found, dict(y=y, h_n=h_n, c_n=c_n, gates=kept, **(dict(cells=cells) if keep else {}))
 
 
-def error(found, wanted):
-    return ((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
+def backward(wish, *, dtype=torch.float32, state=torch.float32, p=0.5, reverse=False, grads=("dy", "dh", "dc"),
+             scale=1.0, change=None, **options):  # fmt: skip
+    """The same for da, dh0 and dc0, from gates that float32 has made."""
+    plan, codes = plan_of(wish, "lstm_backward"), emulated.DTYPES
+    assert plan["there"], "no plan"
+    gates, weight, h0, c0 = layer(wish, dtype, state)
+    T, B, H = wish[:3]
+    seed = SEED if p else None
+    kept = gates.float()
+    cells = _forward(kept, weight.float(), h0.float(), c0.float(), seed, p, reverse, True, False)[3]
+    kept = kept.to(dtype)
+    given = dict(
+        dy=torch.randn(T, B, H).mul(scale).to(dtype), dh=torch.randn(B, H) * scale, dc=torch.randn(B, H) * scale
+    )
+    if change is not None:
+        change(given["dy"])
+    dy, dh, dc = (given[name] if name in grads else None for name in given)
+    found = unit("lstm_backward").run(
+        "lstm_backward", read("wish", wish.packed()), codes[dtype], codes[state], int(reverse), p, read("seed", seed),
+        read("weight", weight), read("dy", dy), read("dh_n", dh), read("dc_n", dc), read("c0", c0),
+        read("cells", cells), update("gates", kept), write("dh0", torch.empty(B, H)), write("dc0", torch.empty(B, H)),
+        write("exchange", words(plan["exchange"])), write("flags", words(plan["flags"])),
+        update("peaks", torch.zeros(T + 1, dtype=torch.int32)), write("handed", torch.empty(plan["handed"])), **options,
+    )  # fmt: skip
+    da = kept.double()
+    wide = [None if g is None else g.double() for g in (dy, dh, dc)]
+    dh0, dc0 = _adjoint(*wide, da, cells.double(), c0.double(), weight.double(), seed, p, reverse, False)
+    return found, dict(gates=da, dh0=dh0, dc0=dc0)
 
 
 def assert_near(found, wanted, bound):
     for name, exact in wanted.items():
-        assert error(found[name], exact) <= bound, (name, error(found[name], exact))
+        size = exact.norm()
+        rounding = torch.finfo(found[name].dtype).eps / 2  # of the result itself
+        error = ((found[name].double() - exact).norm() / size).item() if size > 0 else found[name].norm().item()
+        assert error <= bound + rounding, f"{name}: {error:.1e}"
 
 
-def test_forward():
-    found, wanted, _ = forward(3, 5, 21, multiprocessors=8)
-    assert_near(found, wanted, 3e-4)
+def both(run, bound, *wishes, **options):
+    """A check for mutations: what one size does not need, the other does."""
+
+    def check():
+        for wish in wishes:
+            assert_near(*run(wish, schedules=4, **options), bound)
+
+    return check
 
 
-def backward(T, B, H, *, split=0, exchange=DATA, clusters=0, multiprocessors=132, dtype=torch.float32, state=None,
-             p=0.5, reverse=False, grads="dy dh dc", scale=1.0, schedules=None):  # fmt: skip
-    """da, dh0 and dc0 of the kernel, of float64 from the same gates, and the plan."""
-    shape = plan(1, T, B, H, split, exchange, clusters, multiprocessors)
-    assert shape["there"], "no plan"
-    gates, weight, h0, c0 = layer(T, B, H, dtype, state)
-    seed = torch.tensor(2**40 + 7) if p else None
-    kept = gates.float()
-    cells = _forward(kept, weight.float(), h0.float(), c0.float(), seed, p, reverse, True)[3]
-    kept = kept.to(dtype)
-    dy, dh, dc = torch.randn(T, B, H).mul(scale).to(dtype), torch.randn(B, H) * scale, torch.randn(B, H) * scale
-    dy, dh, dc = (g if name in grads.split() else None for g, name in zip((dy, dh, dc), ("dy", "dh", "dc"), strict=True))
-    codes = emulated.DTYPES
-    found = unit().run(
-        "lstm_backward", T, B, H, split, exchange, clusters, multiprocessors, codes[dtype], codes[c0.dtype],
-        int(reverse), p, read("seed", seed), read("weight", weight), read("dy", dy), read("dh_n", dh),
-        read("dc_n", dc), read("c0", c0), read("cells", cells), update("gates", kept),
-        write("dh0", torch.empty(B, H)), write("dc0", torch.empty(B, H)),
-        write("exchange", torch.empty(shape["exchange"], dtype=torch.int32)),
-        write("flags", torch.empty(shape["flags"], dtype=torch.int32)),
-        update("peaks", torch.zeros(T + 1, dtype=torch.int32)), write("handed", torch.empty(shape["handed"])),
-        schedules=schedules or emulated.SCHEDULES,
-    )  # fmt: skip
-    wanted = kept.double()
-    wide = [None if g is None else g.double() for g in (dy, dh, dc)]
-    dh0, dc0 = _adjoint(*wide, wanted, cells.double(), c0.double(), weight.double(), seed, p, reverse)
-    return found, dict(gates=wanted, dh0=dh0, dc0=dc0), shape
+SMALL = Wish(
+    4, 11, 61, multiprocessors=16
+)  # two portions of 8 rows, two column tiles a warp, 3 units in the last block
+SIZES = [Wish(1, 1, 1), Wish(1, 3, 4), Wish(2, 1, 37), Wish(3, 9, 16), Wish(5, 2, 5), Wish(3, 26, 21), SMALL]
+
+
+@pytest.mark.parametrize("wish", SIZES, ids=str)
+def test_forward_sizes(wish):
+    assert_near(*forward(wish), HALF)
+
+
+@pytest.mark.parametrize("wish", SIZES, ids=str)
+def test_backward_sizes(wish):
+    assert_near(*backward(wish), HALF)
+
+
+@pytest.mark.parametrize("exchange", [DATA, FLAGS, GRID, MULTICAST, CLUSTER])
+@pytest.mark.parametrize("B", [5, 30])
+def test_forward_exchanges(exchange, B):
+    clusters = int(exchange in (MULTICAST, CLUSTER))
+    assert_near(*forward(Wish(4, B, 50, exchange=exchange, clusters=clusters, multiprocessors=16)), HALF)
+
+
+@pytest.mark.parametrize(("exchange", "clusters"), [(DATA, 0), (DATA, 1), (FLAGS, 0), (GRID, 0)])
+@pytest.mark.parametrize("B", [5, 30])
+def test_backward_exchanges(exchange, clusters, B):
+    assert_near(*backward(Wish(4, B, 50, exchange=exchange, clusters=clusters, multiprocessors=16)), HALF)
+
+
+# Every tiling of the tables, at a width for which the warps have tiles beyond those that are kept.
+@pytest.mark.parametrize("only", range(15))
+def test_forward_tilings(only):
+    wish = Wish(2, 19, 170 if only < 9 else 120, split=int(only >= 9), only=only)
+    assert_near(*forward(wish, schedules=2), SPLIT if wish.split else HALF)
+
+
+@pytest.mark.parametrize(("exchange", "only"), [(MULTICAST, 0), (MULTICAST, 1), (CLUSTER, 0), (CLUSTER, 1)])
+def test_forward_tilings_of_clusters(exchange, only):
+    wish = Wish(3, 19, 150, exchange=exchange, clusters=1, only=only)
+    assert_near(*forward(wish, schedules=4), HALF)
+
+
+@pytest.mark.parametrize("clusters", [0, 1])
+@pytest.mark.parametrize("only", range(13))
+def test_backward_tilings(only, clusters):
+    wish = Wish(2, 19, 70, split=int(only >= 7), clusters=clusters, only=only)
+    assert_near(*backward(wish, schedules=2), SPLIT if wish.split else HALF)
+
+
+@pytest.mark.parametrize("run", [forward, backward])
+def test_replicas_and_one_buffer(run):
+    """Rows of the batch over several copies of the layer, in turns; and sums in one buffer where memory is short."""
+    wish = Wish(3, 60, 21, multiprocessors=20)
+    plan = plan_of(wish, f"lstm_{run.__name__}")
+    assert plan["replicas"] > 1 and plan["passes"] > 1
+    assert_near(*run(wish), HALF)
+    if run is forward:
+        wish = wish._replace(H=61, only=4)
+        wish = wish._replace(shared=plan_of(wish, "lstm_forward")["shared"] - 1)
+        assert plan_of(wish, "lstm_forward")["sides"] == 1
+        assert_near(*run(wish), HALF)
+
+
+@pytest.mark.parametrize("run", [forward, backward])
+@pytest.mark.parametrize("state", ["same", "wide"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(run, dtype, state):
+    bound = HALF + 2 * torch.finfo(dtype).eps  # gates and outputs are rounded, step after step
+    state = dtype if state == "same" else torch.float32
+    assert_near(*run(SMALL, dtype=dtype, state=state), bound)
+
+
+@pytest.mark.parametrize("run", [forward, backward])
+@pytest.mark.parametrize("split", [0, 1])
+def test_directions_and_masks(run, split):
+    for p in (0.0, 0.9, 1.0):
+        for reverse in (False, True):
+            assert_near(*run(SMALL._replace(split=split), p=p, reverse=reverse, schedules=4), SPLIT if split else HALF)
+
+
+def test_what_may_be_absent():
+    found, wanted = forward(SMALL, keep=False)
+    del wanted["gates"]  # which stay as they are
+    assert_near(found, wanted, HALF)
+    for grads in ((), ("dy",), ("dh",), ("dc",)):
+        assert_near(*backward(SMALL, grads=grads, schedules=4), HALF)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e6, 1e30])
+def test_size_of_gradients(scale):
+    """Halves hold gradients of any size, also when they grow or vanish over the steps."""
+    assert_near(*backward(SMALL, scale=scale), HALF)
+
+    def fading(dy):
+        dy.mul_(torch.logspace(0, -24, len(dy)).view(-1, 1, 1))
+
+    for reverse in (False, True):
+        found, wanted = backward(SMALL._replace(T=7), change=fading, grads=("dy",), reverse=reverse, schedules=4)
+        for step in range(7):  # each by itself: the large ones say nothing about the small
+            rows = dict(gates=wanted["gates"][step])
+            assert_near(dict(gates=found["gates"][step]), rows, 5 * HALF)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none(value):
+    """They pass through, and stop neither the exchange nor other rows of the batch."""
+
+    def spoil(x):
+        x[1, 2] = value
+
+    for wish in (SMALL, SMALL._replace(exchange=FLAGS)):
+        found, wanted = forward(wish, change=spoil)
+        if value != value:
+            assert found["y"][1:, 2].isnan().all() and found["h_n"][2].isnan().all()
+        fine = [row for row in range(wish.B) if row != 2]
+        assert_near({k: v[..., fine, :] for k, v in found.items() if k in wanted},
+                    {k: v[..., fine, :] for k, v in wanted.items()}, HALF)  # fmt: skip
+        found, wanted = backward(wish, change=spoil)
+        assert not found["dh0"][2].isfinite().all()
+        assert_near({k: v[..., fine, :] for k, v in found.items() if k in wanted},
+                    {k: v[..., fine, :] for k, v in wanted.items()}, HALF)  # fmt: skip
+
+
+TWICE = "a barrier of the block lies between two turns"
+
+
+@pytest.mark.parametrize(
+    ("wishes", "harmless"),
+    [
+        ([SMALL], {}),
+        ([SMALL._replace(exchange=FLAGS), Wish(4, 5, 61, exchange=FLAGS)], {"float* partial": TWICE}),
+        ([SMALL._replace(exchange=GRID), Wish(4, 5, 61, exchange=GRID)], {"float* partial": TWICE}),
+        (
+            [Wish(5, B, 90, exchange=MULTICAST, clusters=1, multiprocessors=8) for B in (11, 30)],
+            {"float* partial": TWICE},
+        ),
+        ([Wish(4, 11, 37, exchange=CLUSTER, clusters=1, multiprocessors=2)], {}),
+    ],
+    ids=["data", "flags", "grid", "multicast", "cluster"],
+)
+def test_forward_needs_every_barrier(wishes, harmless):
+    emulated.assert_all_reported(unit("lstm_forward"), both(forward, HALF, *wishes), harmless)
+
+
+@pytest.mark.parametrize("exchange", [DATA, FLAGS, GRID])
+def test_backward_needs_every_barrier(exchange):
+    wishes = [Wish(4, B, 61, exchange=exchange, multiprocessors=8) for B in (5, 11)]
+    emulated.assert_all_reported(unit("lstm_backward"), both(backward, HALF, *wishes))
+
+
+def test_backward_in_clusters_needs_every_barrier():
+    wishes = [Wish(4, B, 61, clusters=1, multiprocessors=8) for B in (5, 11)]
+    emulated.assert_all_reported(unit("lstm_backward"), both(backward, HALF, *wishes))
+
+
+@pytest.mark.skipif(not emulated.THOROUGH, reason="thorough")
+@pytest.mark.parametrize("run", [forward, backward])
+def test_any_size(run):
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        T, B, H, split, clusters, sms = (
+            int(torch.randint(low, high, (), generator=draw))
+            for low, high in ((1, 6), (1, 70), (1, 120), (0, 2), (0, 2), (8, 133))
+        )
+        wish = Wish(T, B, H, split, DATA, clusters if run is backward else 0, sms)
+        if plan_of(wish, f"lstm_{run.__name__}")["there"]:
+            assert_near(*run(wish, schedules=2), SPLIT if split else HALF)
