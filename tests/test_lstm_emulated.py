@@ -183,7 +183,7 @@ def test_replicas_and_one_buffer(run):
     assert plan["replicas"] > 1 and plan["passes"] > 1
     assert_near(*run(wish), HALF)
     if run is forward:
-        wish = wish._replace(H=61, only=4)
+        wish = wish._replace(H=61, multiprocessors=6, only=4)
         wish = wish._replace(shared=plan_of(wish, "lstm_forward")["shared"] - 1)
         assert plan_of(wish, "lstm_forward")["sides"] == 1
         assert_near(*run(wish), HALF)
