@@ -29,6 +29,9 @@ inline cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// out = a b of float32 with factors of 11 bits (matmul.cu); false where no library has that, or one of them is empty.
+bool multiply_tf32(const Tensor& a, const Tensor& b, const Tensor& out);
+
 // What a launch depends on.
 struct Device {
   int index, multiprocessors, capability;  // the last as 10 major + minor

@@ -297,10 +297,11 @@ Tensor masked(const Tensor& weight, const std::optional<Tensor>& seed, double p)
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out = a b in float32. Products of float32 follow PyTorch's setting for matrices, the only one it has for them.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+// out = a b in float32, of float32 with factors of 11 bits or by PyTorch's setting for matrices.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool tf32) {
   using torch::stable::detail::from;
   const bool whole = a.scalar_type() == ScalarType::Float;
+  if (whole && tf32 && multiply_tf32(a, b, out)) return;
   std::array<StableIValue, 4> stack{from(a), from(b), whole ? from(out) : from(ScalarType::Float)};
   if (!whole) stack[3] = from(out);
   TORCH_ERROR_CODE_CHECK(
@@ -334,7 +335,7 @@ void alternating_forward(const Forward& call) {
   step.keep = call.keep, step.wide = call.h0.scalar_type() == ScalarType::Float;
   for (int64_t n = 0; n < steps; ++n) {
     const int64_t t = call.reverse ? steps - 1 - n : n;
-    multiply(h, weight, product);
+    multiply(h, weight, product, call.tf32);
     h = torch::stable::narrow(rows, 0, t * B, B);
     step.gates = static_cast<T*>(call.projected.mutable_data_ptr()) + t * B * 4 * H;
     step.after = call.keep ? cells_at(call.cells, t) : static_cast<float*>(carry.mutable_data_ptr());
@@ -365,7 +366,7 @@ void alternating_backward(const Backward& call) {
     step.before = n > 0 ? cells_at(call.cells, earlier) : static_cast<const float*>(c0.const_data_ptr());
     step.dy = call.dy.has_value() ? static_cast<const T*>(call.dy->const_data_ptr()) + t * B * H : nullptr;
     launch_step(lstm_backward_step_kernel<T>, step, call.cells);
-    multiply(gates, weight, call.dh0);
+    multiply(gates, weight, call.dh0, call.tf32);
     step.given = nullptr;
     step.product = static_cast<const float*>(call.dh0.const_data_ptr());
     step.dc = step.dc_before;

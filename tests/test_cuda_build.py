@@ -27,7 +27,7 @@ REGISTERS, MAX_REGISTERS = (
     64,
     {"qrnn_pool": 128, **dict.fromkeys(("lstm_forward", "lstm_backward", "cache_attention"), 255)},
 )
-SOURCES = sorted(ROOT.glob("csrc/*.cu"))
+SOURCES = [path for path in sorted(ROOT.glob("csrc/*.cu")) if "__global__" in path.read_text()]
 
 
 class Kernel(NamedTuple):

@@ -1,4 +1,4 @@
-"""The host part of the LSTM on CUDA, on the CPU: the alternating path's values, and which way a call goes.
+"""The host part of the LSTM on CUDA, on the CPU: the alternating path's values, the way a call goes, its products.
 
 `tests/host_side` plays the CUDA runtime and the persistent kernels; the rest is csrc/lstm.cu as it is, with PyTorch's
 own products. What runs the kernels themselves is `test_lstm_steps.py` and `test_lstm_emulated.py`.
@@ -88,16 +88,43 @@ assert passes(0, 3, 5)[1]["steps"] == passes(8, 0, 5)[1]["steps"] == passes(8, 3
 """
 
 
+PRODUCTS = """
+import torch
+torch.ops.load_library({library!r})
+import fastlm.ops
+product = torch.ops.fastlm.matmul_tf32
+
+wide = torch.randn(7, 12)
+for a in (torch.randn(5, 3), torch.randn(3, 5).t(), wide[:5, 2:5], wide[:3, :5].t(), torch.randn(5, 6)[:, ::2]):
+    for b in (torch.randn(3, 4), torch.randn(4, 3).t(), wide[:3, 1:5], torch.randn(3, 1).expand(3, 4)):
+        torch.testing.assert_close(product(a, b), a @ b + 1)  # the played library adds one
+a, b = torch.randn(1, 3), torch.randn(3, 1)
+torch.testing.assert_close(product(a, b), a @ b + 1)
+for M, K, N in ((0, 3, 4), (5, 0, 4), (5, 3, 0)):
+    a, b = torch.randn(M, K), torch.randn(K, N)
+    assert torch.equal(product(a, b), a @ b)
+"""
+
+
+def test_products_of_a_library(tmp_path, fresh_python):
+    """Rows in a piece or columns, parts of a matrix, and what is neither: cuBLAS gets each as it takes it."""
+    fresh_python(PRODUCTS.format(library=build("matmul", tmp_path)), FASTLM_DISABLE_NATIVE="1")
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
+    return build("lstm", tmp_path_factory.mktemp("host"))
+
+
+def build(name, folder):
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("needs g++ on Linux")
-    path = tmp_path_factory.mktemp("host") / "lstm.so"
+    path = folder / f"{name}.so"
     include = [f"-I{ROOT / 'tests' / folder}" for folder in ("host_side", "emulator/cuda", "emulator")]
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-DUSE_CUDA", "-w"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
-    command = ["g++", *flags, *include, str(ROOT / "tests" / "host_side" / "lstm.cpp"), "-o", str(path), *libraries]
+    command = ["g++", *flags, *include, str(ROOT / "tests" / "host_side" / f"{name}.cpp"), "-o", str(path), *libraries]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return str(path)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from test_lstm import KERNELS, arguments
+from test_lstm import KERNELS, SEED, arguments
 
 from fastlm import _lib
 from fastlm.ops import lstm
@@ -31,6 +31,35 @@ def test_the_setting_of_the_forward_holds_for_its_backward(monkeypatch, recorded
         names = ("lstm_fwd", "lstm_bwd")[: 1 + recorded] if KERNELS else ()
         assert seen == [(name, setting) for name in names]
         seen.clear()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.skipif(not KERNELS, reason="no kernels here")
+def test_all_products_are_of_the_kind(monkeypatch, p, bias):
+    """That of the input and the gradients' too, as cuDNN has it; where there is no TF32 the values are the same."""
+    module, shapes = sys.modules[lstm.__module__], []
+    args = arguments((4, 3, 5, 6), torch.float32, bias=bias)
+
+    def outcome():
+        results = lstm(*args, weight_dropout=p, seed=SEED, impl=KERNELS[0])
+        return *results, *torch.autograd.grad(sum(y.sum() for y in results), args)
+
+    expected = outcome()
+    make = module.matmul_tf32
+    monkeypatch.setattr(module, "_tf32", lambda impl: True)
+    monkeypatch.setattr(module, "matmul_tf32", lambda a, b: shapes.append((*a.shape, b.shape[1])) or make(a, b))
+    for ours, wanted in zip(outcome(), expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    assert sorted(shapes) == sorted([(12, 5, 24), (24, 12, 6), (24, 12, 5), (12, 24, 5)])
+    with torch.no_grad():
+        y = lstm(*args, weight_dropout=p, seed=SEED, impl=KERNELS[0])[0]
+    torch.testing.assert_close(y, expected[0].detach())
+
+
+def test_the_product_is_well_registered():
+    a, b = torch.randn(5, 3), torch.randn(4, 3).t()
+    torch.library.opcheck(torch.ops.fastlm.matmul_tf32.default, (a, b))
 
 
 def test_tf32_is_pytorchs_setting_for_recurrent_layers():

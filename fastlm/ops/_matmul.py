@@ -42,6 +42,12 @@ _lib.reference("matmul_tn", _matmul_tn)
 _lib.fake("matmul_tn", lambda a, b, seed, p: a.new_empty(a.shape[1], b.shape[1]))
 _own = torch.ops.fastlm.matmul_tn.default
 
+# Of float32 matrices, with factors of 11 bits where the device has them, whatever PyTorch's setting for matrices says.
+_lib.define("matmul_tf32(Tensor a, Tensor b) -> Tensor")
+_lib.reference("matmul_tf32", torch.mm)
+_lib.fake("matmul_tf32", lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
+matmul_tf32 = torch.ops.fastlm.matmul_tf32.default
+
 _LEAST = 4_000_000  # multiplications; below, oneDNN's 30 us a call count
 _LEAST_M = 512  # rows of a^T that are enough work for a few threads
 _LEAST_N = 1024  # columns for which the copy of a transposed a pays

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlm import _lib
 from fastlm.ops import _checks, philox
-from fastlm.ops._matmul import linear, matmul, weight_gradient
+from fastlm.ops._matmul import linear, matmul, matmul_tf32, weight_gradient
 from fastlm.ops.dropconnect import dropconnect
 
 _INPUTS = "Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor bias, bool reverse"
@@ -120,12 +120,20 @@ _lib.fake("lstm_fwd", _forward_fake)
 _lib.fake("lstm_bwd", _adjoint_fake)
 
 
+def _project(x, w_ih, bias, tf32):
+    """The input's part of all steps."""
+    if not (tf32 and x.dtype == torch.float32):
+        return linear(x, w_ih, bias).contiguous()
+    rows = matmul_tf32(x.flatten(0, 1), w_ih.t())
+    return (rows if bias is None else rows.add_(bias)).view(*x.shape[:2], w_ih.shape[0])
+
+
 class _Kernel(torch.autograd.Function):
     """The products of all steps together, and the kernel for the steps."""
 
     @staticmethod
     def forward(x, h0, c0, w_ih, w_hh, bias, seed, p, reverse, impl, tf32):
-        gates = linear(x, w_ih, bias).contiguous()
+        gates = _project(x, w_ih, bias, tf32)
         y, h_n, c_n, cells = _lib.kernel("lstm_fwd", impl)(gates, w_hh, h0, c0, seed, p, reverse, True, tf32)
         return y, h_n, c_n, gates, cells
 
@@ -156,15 +164,21 @@ class _Adjoint(torch.autograd.Function):
             torch.autograd.graph.increment_version(gates)  # should this fail half-way, another try raises
         dh0, dc0 = _lib.kernel("lstm_bwd", impl)(dy, dh, dc, gates, cells, c0, w_hh, seed, p, reverse, tf32)
         rows, dw_hh = gates.flatten(0, 1), None
+        fast = tf32 and rows.dtype == torch.float32
+        product = matmul_tf32 if fast else matmul
         if needs[4]:
             first = h0.to(y.dtype).unsqueeze(0)
             before = torch.cat([y[1:], first] if reverse else [first, y[:-1]])[: len(y)].flatten(0, 1)  # h_{t-1}
-            dw_hh = matmul(rows.t(), before) if seed is None else weight_gradient(rows, before, seed, p)
+            if fast or seed is None:
+                dw_hh = product(rows.t(), before)
+                dw_hh = dw_hh if seed is None else dropconnect(dw_hh, p, seed)
+            else:
+                dw_hh = weight_gradient(rows, before, seed, p)
         return (
-            matmul(rows, w_ih).view(x.shape) if needs[0] else None,
+            product(rows, w_ih).view(x.shape) if needs[0] else None,
             dh0.to(h0.dtype) if needs[1] else None,
             dc0.to(c0.dtype) if needs[2] else None,
-            matmul(rows.t(), x.flatten(0, 1)) if needs[3] else None,
+            product(rows.t(), x.flatten(0, 1)) if needs[3] else None,
             dw_hh,
             rows.sum(0) if needs[5] else None,
         )
@@ -194,7 +208,7 @@ def _kernel(x, h0, c0, w_ih, w_hh, b_ih, b_hh, seed, p, reverse, impl):
     tensors, tf32 = (x, h0, c0, w_ih, w_hh, bias), _tf32(impl)
     if _checks.recorded(*tensors):
         return _Kernel.apply(*tensors, seed, p, reverse, impl, tf32)[:3]
-    gates = linear(x, w_ih, bias).contiguous()
+    gates = _project(x, w_ih, bias, tf32)
     return _lib.kernel("lstm_fwd", impl)(gates, w_hh, h0, c0, seed, p, reverse, False, tf32)[:3]
 
 
@@ -346,9 +360,9 @@ def lstm(
         reverse: read from the last step to the first; outputs stay at the steps of their inputs.
         impl: `"auto"`, `"reference"`, `"cpu"`, `"cuda"`, `"triton"` or `"aten"`. `"cpu"` masks `w_hh` as it packs it,
             `"cuda"` and `"triton"` once for a pass; all three multiply in the dtype of `x` (`"cpu"` float16 in float32)
-            and keep c in float32. `"cuda"` needs a GPU of compute capability 8.0; its steps may multiply float32 in
-            TF32's 11 bits where `torch.backends.cudnn` allows that for recurrent layers, as by default, and its
-            backward as its forward. `"aten"` is PyTorch's own layer on a masked copy of `w_hh`, in the wider of the
+            and keep c in float32. `"cuda"` needs a GPU of compute capability 8.0; it makes float32 products of
+            TF32's 11 bits where `torch.backends.cudnn` allows that for recurrent layers, as by default, and backward as
+            forward. `"aten"` is PyTorch's own layer on a masked copy of `w_hh`, in the wider of the
             dtypes of `x` and the state (float16 in float32 on a CPU).
 
     Returns:

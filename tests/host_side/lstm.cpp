@@ -1,18 +1,7 @@
 // The host part of csrc/lstm.cu on the CPU, with its fused steps: kernels for PyTorch's CPU tensors. The persistent
 // kernels are played; they are asked, answer as a test has said, and compute nothing.
-#define FASTLM_EMULATED  // for the instructions alone, of which the fused steps use none
-#include "../../csrc/ptx.h"
-#undef FASTLM_EMULATED
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
-static uint3 threadIdx, blockIdx;
-static dim3 gridDim;
-// Before what is to come is renamed.
-#include "../../csrc/common.cuh"
-#include "../../csrc/lstm_args.h"
-#define CUDA CPU
+#include "played.h"
+// For the tensors of the CPU.
 #include "../../csrc/lstm.cu"
 
 template <typename Kernel, typename Args>
@@ -26,7 +15,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
 }
 
 namespace {
-int device, forward_room, backward_room, launch_error, forwards, backwards, last_blocks, last_sum;
+int forward_room, backward_room, launch_error, forwards, backwards, last_blocks, last_sum;
 }
 
 extern "C" {
@@ -44,18 +33,11 @@ void played(int* out) {
   const int all[] = {steps_launched, forwards, backwards, last_blocks, last_sum};
   for (int i = 0; i < 5; ++i) out[i] = all[i];
 }
+}
 
-AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) { return *index = device, 0; }
-AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) { return *guard = nullptr, 0; }
-AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
-AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool, char** message) {
-  static char text[] = "CUDA error";
-  *message = error == cudaSuccess ? nullptr : text;
-  return 0;
-}
-void torch_c10_cuda_free_error_msg(char*) {}
-}
+namespace fastlm {
+bool multiply_tf32(const Tensor&, const Tensor&, const Tensor&) { return false; }
+}  // namespace fastlm
 
 namespace fastlm::lstm {
 
