@@ -9,6 +9,7 @@ from test_lstm import SEED, arguments, gradients
 
 from fastlm import testing
 from fastlm.ops import dropconnect, dropconnect_mask, lstm
+from fastlm.ops._matmul import matmul_tf32
 from fastlm.ops.lstm import reference
 
 pytestmark = pytest.mark.gpu
@@ -139,6 +140,16 @@ def test_precision_of_float32(impl, allowed, scale, p, gradient, bounds):
     for names, bound in zip((("y", "h_n", "c_n"), ("dx", "dh0", "dc0"), ("dw_ih", "dw_hh")), bounds, strict=True):
         for name in names:
             testing.assert_close(name, found[name], exact[name], bound)
+
+
+def test_a_product_of_11_bits():
+    """As wrong as that, but no more, whatever the operands' layout; a product by PyTorch's own setting stays exact."""
+    wide = torch.randn(700, 900, device="cuda")
+    for a in (wide[:300, :500], wide[:500, :300].t(), wide[:300, :500].contiguous()):
+        for b in (wide[:500, :700], wide[:700, :500].t(), wide[:500, :1]):
+            exact = a.double() @ b.double()
+            assert 1e-5 < testing.error(matmul_tf32(a, b), exact) < 1e-3
+            assert testing.error(a @ b, exact) < 1e-5
 
 
 def kernels_of(run):

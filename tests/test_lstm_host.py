@@ -1,7 +1,7 @@
 """The host part of the LSTM on CUDA, on the CPU: the alternating path's values, the way a call goes, its products.
 
 `tests/host_side` plays the CUDA runtime and the persistent kernels; the rest is csrc/lstm.cu as it is, with PyTorch's
-own products. What runs the kernels themselves is `test_lstm_steps.py` and `test_lstm_emulated.py`.
+own products. What runs the kernels themselves is `test_lstm_steps_emulated.py` and `test_lstm_emulated.py`.
 """
 
 import importlib.util
