@@ -29,7 +29,7 @@ def block_sum(unit, fault="None"):
 
 def warps(unit, fault="None"):
     x = torch.randn(THREADS)
-    out = unit.run("toy_warps", read("x", x), write("out", x), THREADS)["out"]
+    out = unit.run("toy_warps", read("x", x), write("out", x), THREADS, FAULTS.index(fault))["out"]
     rows = x.double().view(-1, 32)
     testing.assert_close("sum", out.view(-1, 32), rows.sum(1, keepdim=True) + rows.flip(1))
 
@@ -153,6 +153,7 @@ def test_what_is_taken_away_is_reported(unit, kernel):
         (block_sum, "Uninitialised", f"uninitialised: shared memory of block ., byte 28 of 256, read by{WHERE}"),
         (block_sum, "WritesInput", f"an input is written: x{WHERE}"),
         (block_sum, "RaceAcrossBlocks", f"race: out, byte 0 of 768, written by{WHERE}, written by{WHERE}"),
+        (warps, "NoOrder", f"{UNORDERED}shared memory of block 0, byte .*, read by{WHERE}"),
         (named, "Deadlock", "hang: .*block 0 thread 0 and 31 more in sync_named at toys.cpp"),
         (exchange, "NobodySets", "hang: .*block 0 thread 1 and 2 more in load_acquire at toys.cpp"),
         (exchange, "PlainPoll", "race: flags.* written by.* toys.cpp"),
@@ -203,6 +204,7 @@ def test_a_harmless_removal_has_a_reason(unit):
     out = write("out", torch.zeros(THREADS))
     reason = {"needless": "nothing is shared"}
     emulated.assert_all_reported(unit, lambda: unit.run("toy_needless", out), reason)
+    assert unit.run("toy_needless", out)["out"].eq(2).all()
     with pytest.raises(AssertionError, match="is said to be harmless, but: "):
         emulated.assert_all_reported(unit, lambda: warps(unit), {"sync_warp": "it looks superfluous"})
     with pytest.raises(AssertionError, match="no such site"):

@@ -2,9 +2,9 @@
 //
 // Each thread is a fiber. Blocks run in a random order at random speeds (one seed is one schedule), shared memory
 // starts as NaN, asynchronous copies land at a random moment before they are waited for. A kernel's source is compiled
-// with -fsanitize=thread and linked without it: the compiler's calls at every load and store come to memory.cpp, which
-// checks bounds and happens-before, so that a race is found whatever the schedule was. What is found ends the launch,
-// with block, thread and source line. Neither resource limits nor speed show here.
+// with -fsanitize=thread and linked without it: the compiler's calls at every load and store come to engine/,
+// which checks bounds and happens-before, so that a race is found whatever the schedule was. What is found ends the
+// launch, with block, thread and source line. Neither resource limits nor speed show here, nor what a cache may hold.
 //
 // This header has no templates of the standard library, whose instrumented copies the linker could give to the
 // emulator.

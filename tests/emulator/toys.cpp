@@ -25,6 +25,7 @@ enum Fault {
   kTooFewBlocks,
   kRaceAcrossBlocks,
   kPlainPoll,
+  kNoOrder,  // a shuffle is no barrier
   kOutsidePeer,
 };
 
@@ -57,11 +58,15 @@ void block_sum(const float* x, float* out, int steps, Fault fault) {
 }
 
 // A warp turns its values round through shared memory and adds all of them by shuffles.
-void warps(const float* x, float* out) {
+void warps(const float* x, float* out, Fault fault) {
   const int tid = int(threadIdx.x), lane = tid % 32, warp = ptx::uniform(tid / 32);
   float* mine = reinterpret_cast<float*>(ptx::shared_memory()) + warp * 32;
   mine[lane] = x[tid];
-  ptx::sync_warp();
+  if (fault == kNoOrder) {
+    ptx::shuffle(x[tid], 0);
+  } else {
+    ptx::sync_warp();
+  }
   const float turned = mine[31 - lane];
   float sum = turned;
   for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
@@ -257,8 +262,8 @@ void toy_block_sum(const float* x, float* out, int blocks, int steps, int fault)
   emulator::launch({unsigned(blocks), kThreads, kThreads * 4}, [&] { block_sum(x, out, steps, Fault(fault)); });
 }
 
-void toy_warps(const float* x, float* out, int threads) {
-  emulator::launch({1, unsigned(threads), unsigned(threads) * 4}, [&] { warps(x, out); });
+void toy_warps(const float* x, float* out, int threads, int fault) {
+  emulator::launch({1, unsigned(threads), unsigned(threads) * 4}, [&] { warps(x, out, Fault(fault)); });
 }
 
 void toy_named(const float* x, float* out, int steps, int fault) {
@@ -293,6 +298,7 @@ void toy_tickets(uint32_t* words, float* out, int blocks) {
 
 void toy_needless(float* out) {
   emulator::launch({1, kThreads}, [&] { needless(out); });
+  emulator::launch({1, kThreads}, [&] { out[threadIdx.x] += 1.0f; });  // what an earlier launch wrote is there
 }
 
 void toy_peers(float* out, int steps, int fault) {

@@ -10,12 +10,13 @@ namespace fastlm::emulator {
 
 // ---- Memory that is watched
 
-struct Cell {                          // the last accesses of a granule of memory
-  uint32_t writer, written, write_at;  // id (top bit: atomic), time, place in the code
-  uint32_t readers, read, lanes, read_at,
-      further;  // warp (top bit: atomic), time, lanes, place; more of them in a list
+// The last accesses of a granule of memory: ids, times and places in the code. Of the readers: a warp and its lanes;
+// more of them are in list `further` of the region.
+struct Cell {
+  uint32_t writer, written, write_at;
+  uint32_t readers, read, lanes, read_at, further;
 };
-constexpr uint32_t kAtomic = 1u << 31;
+constexpr uint32_t kAtomic = 1u << 31;  // in a writer's id and a reader's warp
 
 struct Readers {
   uint32_t warp, time, lanes, at;
@@ -176,8 +177,7 @@ struct Ended {};                                 // thrown by fail outside of a 
 
 void wake(Thread& t);
 void wake_others(Warp& w);
-bool meet_warp(const char* what, const Site& site,
-               const void* operand = nullptr);     // true for the last lane, which acts
+bool meet_warp(const char* what, const Site& site, const void* operand = nullptr);
 void suspend(const char* what, const Site& site);  // until woken
 void poll(const char* what, const Site& site);     // lets others run before it looks
 void yield();
