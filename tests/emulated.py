@@ -163,11 +163,11 @@ def update(name, tensor, align=16):
 
 
 class Unit:
-    """A built unit. `removed` is the call site that runs leave out; `sites` are those that the last runs passed."""
+    """A built unit. `removed` is the call that runs leave out, "what path:line:column"; `sites` are those passed."""
 
     def __init__(self, path):
         self.path, self.library = path, ctypes.CDLL(str(path))
-        self.removed, self.sites = "", {}
+        self.removed, self.sites = "", set()
         for function in ("emulator_failure", "emulator_sites"):
             getattr(self.library, function).restype = ctypes.c_char_p
         self.library.emulator_array.restype = ctypes.c_void_p
@@ -193,7 +193,7 @@ class Unit:
                 if size is not None and argument.mode != 0:
                     arrays.append((argument, value.value, size))
             getattr(self.library, function)(*values)
-            self._collect_sites()
+            self.sites.update(self.library.emulator_sites().decode().splitlines())
             failure = self.library.emulator_failure().decode()
             if failure:
                 raise Fault(f"{self._with_lines(failure)} (schedule {seed})")
@@ -215,11 +215,6 @@ class Unit:
             return ctypes.c_void_p(None), None
         return (ctypes.c_double if isinstance(argument, float) else ctypes.c_int64)(argument), None
 
-    def _collect_sites(self):
-        for line in self.library.emulator_sites().decode().splitlines():
-            what, site = line.split(" ", 1)
-            self.sites[site] = what
-
     def _with_lines(self, failure):
         """The report with the kernel's source line for each @address of the code."""
 
@@ -238,10 +233,11 @@ def _tensor(raw, like):
     return torch.frombuffer(bytearray(raw), dtype=like.dtype).reshape(like.shape)
 
 
-def source_line(site):
-    """The text of the line of a call site ("what path:line:column")."""
-    path, line, _ = site.split(" ", 1)[1].rsplit(":", 2)
-    return Path(path).read_text().splitlines()[int(line) - 1].strip()
+def label(site):
+    """What a test knows a call site ("what path:line:column") by: "what file: the text of its line"."""
+    what, place = site.split(" ", 1)
+    path, line, _ = place.rsplit(":", 2)
+    return f"{what} {Path(path).name}: {Path(path).read_text().splitlines()[int(line) - 1].strip()}"
 
 
 def mutations(unit, check):
@@ -251,19 +247,19 @@ def mutations(unit, check):
         unit: the unit whose kernels `check` runs. check: runs them and asserts that the results are right.
 
     Returns:
-        From "what path:line:column" of a site to the report, which is a Fault or a failed assertion of `check`.
+        From "what path:line:column" to the report, which is a Fault or a failed assertion of `check`.
     """
-    unit.removed, unit.sites = "", {}
+    unit.removed, unit.sites = "", set()
     check()
     reports = {}
     try:
-        for site, what in sorted(unit.sites.items()):
+        for site in sorted(unit.sites):
             unit.removed = site
             try:
                 check()
-                reports[f"{what} {site}"] = None
+                reports[site] = None
             except AssertionError as error:
-                reports[f"{what} {site}"] = str(error)
+                reports[site] = str(error)
     finally:
         unit.removed = ""
     return reports
@@ -274,15 +270,15 @@ def assert_all_reported(unit, check, harmless=()):
 
     Args:
         unit, check: as for `mutations`.
-        harmless: from a part of a site's source line to the reason why nothing can be seen without it. A reason for a
+        harmless: from a part of a site's `label` to the reason why nothing can be seen without it. A reason for a
             site that is reported, or for none, is an error.
     """
     reports, unused = mutations(unit, check), dict(harmless)
     missed = []
     for site, report in reports.items():
-        reasons = [part for part in dict(harmless) if part in source_line(site)]
+        reasons = [part for part in dict(harmless) if part in label(site)]
         if report is None and not reasons:
-            missed.append(f"{site}: {source_line(site)}")
+            missed.append(f"{site}, {label(site)}")
         for part in reasons:
             assert report is None, f"{site} is said to be harmless, but: {report}"
             unused.pop(part, None)

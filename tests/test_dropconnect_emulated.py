@@ -8,7 +8,7 @@ from emulated import read, write
 from fastlm import testing
 from fastlm.ops import dropconnect, philox
 
-SHAPES = [(1,), (5,), (37, 41), (1025,)]
+SHAPES = [(1,), (5,), (37, 41), (1025,)] + [(460, 37)] * emulated.THOROUGH
 BLOCKS = [1, 3]  # fewer than the elements ask for: a thread then has several quads
 
 

@@ -9,6 +9,7 @@ from fastlm import testing
 from fastlm.ops.forget_mult import _adjoint, reference
 
 SHAPES = [(0, 2, 3), (1, 33, 8), (2, 3, 37), (8, 1, 1), (9, 5, 61), (37, 2, 130)]  # around the steps loaded ahead
+SHAPES += [(70, 5, 301)] * emulated.THOROUGH
 BLOCKS = 2
 
 
