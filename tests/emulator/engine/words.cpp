@@ -16,7 +16,10 @@ std::unordered_map<const void*, Release> released;
 
 void forget_releases() { released.clear(); }
 
-unsigned char* shared_memory() { return block().shared->begin; }
+unsigned char* shared_memory() {
+  if (block().shared == nullptr) fail("a launch without shared memory, asked for by " + describe(self()));
+  return block().shared->begin;
+}
 
 unsigned side(unsigned epoch, Site site) { return keeps("side", site) ? epoch & 1 : 0; }
 
