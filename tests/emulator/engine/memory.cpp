@@ -88,7 +88,7 @@ void access(const Actor& who, const void* pointer, size_t bytes, Access kind, ui
 }
 
 void access(const void* p, size_t bytes, Access kind, const Site& site) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) misuse("misaligned", (std::to_string(bytes) + " bytes").c_str(), site);
+  want_aligned(p, unsigned(bytes), "an access", site);
   access(actor(self()), p, bytes, kind, place_of(site));
 }
 
@@ -98,8 +98,7 @@ void want_shared(const void* p, const char* what, const Site& site) {
 }
 
 void want_aligned(const void* p, unsigned bytes, const char* what, const Site& site) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
-  fail("misaligned: " + std::to_string(bytes) + " bytes by " + describe(self()) + in(what, site));
+  if (reinterpret_cast<uintptr_t>(p) % bytes) misuse("misaligned: " + std::to_string(bytes) + " bytes", what, site);
 }
 
 namespace {
