@@ -157,11 +157,7 @@ def test_what_is_taken_away_is_reported(unit, kernel):
         (named, "Deadlock", "hang: .*block 0 thread 0 and 31 more in sync_named at toys.cpp"),
         (exchange, "NobodySets", "hang: .*block 0 thread 1 and 2 more in load_acquire at toys.cpp"),
         (exchange, "PlainPoll", "race: flags.* written by.* toys.cpp"),
-        (
-            peers,
-            "EarlyExit",
-            "exit of a thread that others wait for: .*, awaited in the cluster's barrier",
-        ),
+        (peers, "EarlyExit", "exit of a thread that others wait for: .*, awaited in the cluster's barrier"),
         (peers, "OutsidePeer", f"out of bounds: shared memory of block ., byte 2048 of 2048, written by{WHERE}"),
         (multicast, "TooFewBytes", "wrong byte count: an mbarrier of block . got 16 bytes more than it was to expect"),
         (multicast, "TooManyBytes", "hang: .*mbarrier_wait.*; an mbarrier of block . lacks 0 arrivals and 16 bytes"),

@@ -139,6 +139,16 @@ void product(const uint16_t* a, const uint16_t* b, float* d) {
   for (int r = 0; r < 4; ++r) d[(lane / 4 + r / 2 * 8) * 8 + lane % 4 * 2 + r % 2] = sum[r];
 }
 
+// Two calls for one place of the kernel, of which a test takes away each by itself.
+void wait_for(const uint32_t* flags, int count, uint32_t epoch, Fault fault, ptx::Site site = ptx::Site::current()) {
+  const int tid = int(threadIdx.x);
+  if (tid < count) {
+    while ((fault == kPlainPoll ? flags[tid] : ptx::load_acquire(flags + tid, site)) < epoch) {
+    }
+  }
+  ptx::sync_block(site);
+}
+
 // Each step every block writes its share, raises its flag, and adds what all have written.
 void exchange(float* shares, uint32_t* flags, float* out, int steps, Fault fault) {
   const int tid = int(threadIdx.x), blocks = int(gridDim.x);
@@ -148,11 +158,7 @@ void exchange(float* shares, uint32_t* flags, float* out, int steps, Fault fault
     now[int(blockIdx.x) * kThreads + tid] = float(epoch) * float(blockIdx.x + 1) + total;
     ptx::sync_block();
     if (tid == 0 && (fault != kNobodySets || blockIdx.x != 1)) ptx::store_release(flags + blockIdx.x, epoch);
-    if (tid < blocks) {
-      while ((fault == kPlainPoll ? flags[tid] : ptx::load_acquire(flags + tid)) < epoch) {
-      }
-    }
-    ptx::sync_block();
+    wait_for(flags, blocks, epoch, fault);
     for (int b = 0; b < blocks; ++b) total += ptx::load_l2(now + b * kThreads + tid) * 0.125f;
   }
   out[int(blockIdx.x) * kThreads + tid] = total;
