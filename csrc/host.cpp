@@ -28,6 +28,8 @@
 
 namespace py = pybind11;
 
+void define_lstm_plans(py::module_& m);
+
 namespace {
 
 static_assert(std::endian::native == std::endian::little, "words are compared as little-endian integers");
@@ -439,7 +441,7 @@ py::dict cpu_features() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "The corpus encoder and the CPU's features.";
+  m.doc() = "The corpus encoder, the CPU's features, and launch plans of CUDA kernels.";
   m.def(
       "encode_words", [](const py::buffer& data, size_t threads) { return encode(data, threads, false); },
       py::arg("data"), py::arg("threads") = 1,
@@ -450,4 +452,5 @@ PYBIND11_MODULE(_host, m) {
       py::arg("data"), py::arg("threads") = 1,
       "The same, one id a character of the stripped lines, `<eos>` behind every line.");
   m.def("cpu_features", &cpu_features, "{feature: bool, \"isa\": name of the kernels' instruction set}.");
+  define_lstm_plans(m);
 }

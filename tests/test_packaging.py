@@ -40,7 +40,7 @@ def source(tmp_path):
         if path.is_file() and path.name != ".git":
             shutil.copy(path, tree)
     for path in (tree / "csrc").iterdir():
-        if path.suffix in (".cpp", ".cu") and path.stem not in ("isa", "host", "dropconnect"):
+        if path.suffix in (".cpp", ".cu") and path.stem not in ("isa", "host", "host_lstm", "dropconnect"):
             path.unlink()
     for name in ("_C.so", "_C_cuda.so", f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"):
         (tree / "fastlm" / name).write_text("left behind")
