@@ -43,10 +43,10 @@ constexpr Tiling kForward[] = {
 constexpr Tiling kMulticast[] = {{false, 3, 9, 9, 3}, {false, 3, 9, 9, 5}};
 constexpr Tiling kCluster[] = {{false, 7, 4, 4, 1}, {false, 7, 3, 3, 3}};
 constexpr Tiling kBackward[] = {
-    {false, 1, 9, 9, 1}, {false, 1, 9, 9, 3}, {false, 2, 9, 9, 1}, {false, 2, 9, 9, 3},
-    {false, 5, 5, 5, 1}, {false, 5, 4, 5, 3}, {false, 8, 3, 4, 1},  //
+    {false, 1, 9, 9, 1}, {false, 2, 9, 9, 1}, {false, 2, 9, 9, 3}, {false, 4, 9, 9, 1},
+    {false, 4, 7, 7, 2}, {false, 5, 5, 5, 1}, {false, 5, 4, 5, 3},  //
     {true, 1, 9, 9, 1},  {true, 1, 5, 5, 2},  {true, 2, 9, 9, 1},  {true, 2, 5, 5, 2},
-    {true, 5, 5, 5, 1},  {true, 5, 4, 4, 2},
+    {true, 3, 9, 9, 1},  {true, 4, 6, 6, 2},  {true, 5, 5, 5, 1},  {true, 5, 4, 4, 2},
 };
 
 // What a plan may use.
@@ -181,8 +181,7 @@ constexpr float backward_time(const Plan& p) {
   return float(p.passes) * (product_time(p) + kElementwise + fetch + hand + exchange_time(p.exchange));
 }
 
-// ---- The choice
-// -------------------------------------------------------------------------------------------------------
+// ---- The choice -----------------------------------------------------------------------------------------------------
 
 constexpr bool has_kernel(const Tiling& t, Exchange exchange) {
   return !t.split || (exchange != Exchange::flags && exchange != Exchange::grid);
@@ -207,10 +206,12 @@ template <typename Shared, typename Time>
 constexpr void consider(const Plan& shape, int64_t B, const Device& d, Plan& best, Shared shared, Time time) {
   const int64_t portions = ceil_div(B, 8 * shape.tiling.columns);
   const int64_t most = smaller(portions, d.multiprocessors / (shape.slices * shape.groups));
-  for (int replicas = 1; replicas <= most; ++replicas) {
+  for (int replicas = 1, passes = 0; replicas <= most; ++replicas) {
     Plan p = shape;
     p.replicas = replicas;
     p.passes = int(ceil_div(portions, replicas));
+    if (p.passes == passes) continue;  // more blocks for nothing
+    passes = p.passes;
     p.shared = shared(p);
     if (p.shared > d.shared && p.sides == 2) {
       p.sides = 1;

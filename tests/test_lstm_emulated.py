@@ -169,7 +169,7 @@ def test_forward_tilings_of_clusters(exchange, only):
 
 
 @pytest.mark.parametrize("clusters", [0, 1])
-@pytest.mark.parametrize("only", range(13))
+@pytest.mark.parametrize("only", range(15))
 def test_backward_tilings(only, clusters):
     wish = Wish(2, 19, 70, split=int(only >= 7), clusters=clusters, only=only)
     assert_near(*backward(wish, schedules=2), SPLIT if wish.split else HALF)
