@@ -1,5 +1,6 @@
 # Runs the CUDA compiler for CMake, and keeps what its assembler says of the registers and spills of each kernel beside
-# the object: cmake -P ptxas_report.cmake -- nvcc ... -o OBJECT leaves OBJECT.ptxas. All else is said as ever.
+# the object: cmake -P ptxas_report.cmake -- nvcc ... -o OBJECT leaves OBJECT.ptxas. All else is said as ever, but for
+# its advice about architectures that are not compiled for.
 set(command)
 math(EXPR last "${CMAKE_ARGC} - 1")
 foreach(i RANGE 4 ${last})
@@ -10,7 +11,7 @@ math(EXPR place "${place} + 1")
 list(GET command ${place} object)
 file(REMOVE "${object}.ptxas")
 execute_process(COMMAND ${command} RESULT_VARIABLE status OUTPUT_VARIABLE said ERROR_VARIABLE said)
-set(resources "ptxas info [^\n]*\n|[0-9 ]+ bytes stack frame[^\n]*\n")
+set(resources "ptxas info [^\n]*\n|[0-9 ]+ bytes stack frame[^\n]*\n|ptxas [^\n]*warning : Advisory: [^\n]*\n")
 string(REGEX REPLACE "${resources}" "" rest "${said}")
 if(rest)
   message("${rest}")
@@ -18,6 +19,7 @@ endif()
 if(NOT status EQUAL 0)
   message(FATAL_ERROR "the CUDA compiler failed with status ${status}")
 endif()
+string(REPLACE ";" "," said "${said}")  # else an end of an element to CMake
 string(REGEX MATCHALL "${resources}" report "${said}")
 list(JOIN report "" report)
 file(WRITE "${object}.ptxas" "${report}")

@@ -139,3 +139,23 @@ ptxas info    : Used 40 registers
     source.write_text('#include "b.h"\n__global__ void __launch_bounds__(kOne, 2)\n    a_kernel(int) {}')
     (tmp_path / "b.h").write_text('#include "c.h"\n')
     assert declared(source) == {"a_kernel"} and included(source) == {source, tmp_path / "b.h"}
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_build_keeps_the_report_and_says_the_rest(tmp_path, status):
+    kept = """ptxas info    : 28 bytes gmem
+ptxas /tmp/a; b.ptx, line 2; warning : Advisory: '.multicast::cluster' [elsewhere]
+ptxas info    : Function properties for _Za
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+    compiler, out = tmp_path / "nvcc", tmp_path / "a.cu.o"
+    compiler.write_text(f"cat >&2 <<'END'\n{kept}a.cu(3): warning: [x]; unused\nEND\nexit {status}\n")
+    (tmp_path / "a.cu.o.ptxas").write_text("of an earlier build")
+    script = ROOT / "csrc" / "ptxas_report.cmake"
+    command = ["cmake", "-P", str(script), "--", "sh", str(compiler), "-c", "a.cu", "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode == 0) == (status == 0) and "a.cu(3): warning: [x]; unused" in done.stderr
+    assert "ptxas" not in done.stderr.replace("ptxas_report.cmake", "")
+    report = tmp_path / "a.cu.o.ptxas"
+    assert report.read_text() == kept.replace(";", ",") if status == 0 else not report.exists()
