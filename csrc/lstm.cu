@@ -210,6 +210,12 @@ bool may_persist(const Device& device, int64_t steps, int64_t B, int64_t H) {
   return device.cooperative && steps >= kFewestSteps && std::max({steps, B, H}) < INT32_MAX;
 }
 
+// Whether there is a plan, and a quicker one than the other way; a test that names an exchange wants it in any case.
+bool worth_while(const lstm::Plan& plan, int64_t H, int64_t B, bool split) {
+  if (plan.nanoseconds == 0) return false;
+  return wanted_exchange().has_value() || plan.nanoseconds < lstm::alternating_time(H, B, split);
+}
+
 // Whether the launch is done; not where others have taken multiprocessors since the plan was made.
 bool launched(cudaError_t error) {
   if (error == cudaErrorCooperativeLaunchTooLarge) {
@@ -228,7 +234,7 @@ bool persistent_forward(const Device& device, const Forward& call) {
   if (!may_persist(device, T, B, H)) return false;
   const bool split = call.y.scalar_type() == ScalarType::Float && !call.tf32;
   const lstm::Plan plan = plan_of<false>(device, H, B, split);
-  if (plan.nanoseconds == 0) return false;
+  if (!worth_while(plan, H, B, split)) return false;
   const auto space = [&](int64_t words) { return torch::stable::new_empty(call.y, {words}, ScalarType::Int); };
   const Tensor exchange = space(lstm::forward_exchange(plan, T, B, H)), flags = space(lstm::flag_words(plan));
   return launched(lstm::run_forward({.plan = plan,
@@ -258,7 +264,7 @@ bool persistent_backward(const Device& device, const Backward& call) {
   if (!may_persist(device, T, B, H)) return false;
   const bool split = call.gates.scalar_type() == ScalarType::Float && !call.tf32;
   const lstm::Plan plan = plan_of<true>(device, H, B, split);
-  if (plan.nanoseconds == 0) return false;
+  if (!worth_while(plan, H, B, split)) return false;
   const auto space = [&](int64_t words) { return torch::stable::new_empty(call.cells, {words}, ScalarType::Int); };
   const Tensor exchange = space(lstm::backward_exchange(plan, T, B)), flags = space(lstm::flag_words(plan));
   const Tensor peaks = torch::stable::new_zeros(call.cells, {T + 1}, ScalarType::Int);  // maxima grow from zero

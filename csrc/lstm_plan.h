@@ -8,6 +8,7 @@
 #pragma once
 #include <cstdint>
 #include <initializer_list>
+#include <iterator>
 
 namespace fastlm::lstm {
 
@@ -181,6 +182,14 @@ constexpr float backward_time(const Plan& p) {
   return float(p.passes) * (product_time(p) + kElementwise + fetch + hand + exchange_time(p.exchange));
 }
 
+// A step of the other way, a product of the vendor's library and a kernel for the rest: what the host takes to ask for
+// both, or reading the weights once more and multiplying at half of the peak. Beyond it no plan is worth while.
+constexpr float alternating_time(int64_t H, int64_t B, bool split) {
+  const float weights = 4.0f * float(H) * float(H), bytes = weights * (split ? 4 : 2);
+  const float work = 3000 + bytes / kGlobalBytes + weights * float(B) / (split ? 20e3f : 200e3f);
+  return work > 10000 ? work : 10000;
+}
+
 // ---- The choice -----------------------------------------------------------------------------------------------------
 
 constexpr bool has_kernel(const Tiling& t, Exchange exchange) {
@@ -229,25 +238,25 @@ constexpr Plan plan_forward(int64_t H, int64_t B, bool split, Exchange exchange,
   Plan best{};
   const auto shared = [&](const Plan& p) { return forward_shared(p, H); };
   const auto time = [&](const Plan& p) { return forward_time(p, H); };
-  const auto wanted = [&](const Tiling& t) {
-    return only < 0 || &t == kForward + only || &t == kMulticast + only || &t == kCluster + only;
-  };
   const auto one = [&](const Tiling& t, int cluster) {
     const int64_t blocks = ceil_div(H, 4 * t.tiles);
-    if (t.split != split || !has_kernel(t, exchange) || !wanted(t) || blocks > d.multiprocessors ||
+    if (t.split != split || !has_kernel(t, exchange) || blocks > d.multiprocessors ||
         (exchange == Exchange::cluster && blocks > cluster))
       return;
     const int groups = int(ceil_div(blocks, cluster) * cluster), depth = int(ceil_div(H, 16 * kWarps));
     consider({t, exchange, 4 * t.tiles, 1, groups, 0, 0, depth, 2, cluster, 0, 0}, B, d, best, shared, time);
   };
+  const auto all = [&](const auto& table, std::initializer_list<int> clusters) {
+    for (int i = 0; i < int(std::size(table)); ++i)
+      for (const int cluster : clusters)
+        if (only < 0 || i == only) one(table[i], cluster);
+  };
   if (exchange == Exchange::multicast) {
-    for (const Tiling& t : kMulticast)
-      for (const int cluster : {2, 4, 8}) one(t, cluster);
+    all(kMulticast, {2, 4, 8});
   } else if (exchange == Exchange::cluster) {
-    for (const Tiling& t : kCluster)
-      for (const int cluster : {2, 4, 8, 16}) one(t, cluster);
+    all(kCluster, {2, 4, 8, 16});
   } else {
-    for (const Tiling& t : kForward) one(t, 1);
+    all(kForward, {1});
   }
   return best;
 }
@@ -258,8 +267,9 @@ constexpr Plan plan_backward(int64_t H, int64_t B, bool split, Exchange exchange
   Plan best{};
   const auto shared = [](const Plan& p) { return backward_shared(p); };
   const auto time = [](const Plan& p) { return backward_time(p); };
-  for (const Tiling& t : kBackward) {
-    if (t.split != split || !has_kernel(t, exchange) || (only >= 0 && &t != kBackward + only)) continue;
+  for (int i = 0; i < int(std::size(kBackward)); ++i) {
+    const Tiling& t = kBackward[i];
+    if (t.split != split || !has_kernel(t, exchange) || (only >= 0 && i != only)) continue;
     for (const int slices : {1, 2, 4, 8, 16}) {
       if (clusters && (slices == 1 || exchange != Exchange::data)) continue;
       for (int units = 1; units * slices <= 16 * t.tiles && units * 8 * t.columns <= kThreads; ++units) {
