@@ -98,31 +98,35 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
   const auto place = [](int i, int j) { return j * kStagePitch + i; };
   weights.template load<16 * kWarps, 16 * MT>({a.weight, a.dtype, a.seed, a.p}, run, place);
 
-  // This thread's row of a portion and unit of its block; it has none where the row is beyond all.
-  const auto row_of = [&] { return group * members + slice * units + thread() % units < H ? thread() / units : ROWS; };
-  const auto unit_here = [&] { return group * members + slice * units + thread() % units; };
+  // This thread's place among the units of a block and the rows of a portion, divided once and remembered where it
+  // costs no register; its unit; and its row, beyond all where there is no such unit.
+  inputs[8 * kThreads] = __uint_as_float(uint32_t(thread() % units | thread() / units << 16));
+  const auto own = [&] { return int(__float_as_uint(inputs[8 * kThreads]) & 0xFFFF); };
+  const auto line = [&] { return int(__float_as_uint(inputs[8 * kThreads]) >> 16); };
+  const auto unit = [&] { return group * members + slice * units + own(); };
+  const auto row = [&] { return unit() < H ? line() : ROWS; };
   const int passes = (portions - replica + plan.replicas - 1) / plan.replicas;
   const auto time_of = [&](int step) { return int64_t{a.reverse ? step : a.T - 1 - step}; };
 
   const auto bring = [&](int step, int pass) {
-    const int row0 = (replica + pass * plan.replicas) * ROWS, row = row0 + row_of();
+    const int b = (replica + pass * plan.replicas) * ROWS + row();
     const int64_t t = time_of(step);
     inputs[7 * kThreads] = __uint_as_float(a.peaks[t]);
-    if (row_of() >= ROWS || row >= a.B) return;
-    const int64_t at = (t * a.B + row) * H + unit_here(), state = int64_t{row} * H + unit_here();
+    if (row() >= ROWS || b >= a.B) return;
+    const int64_t at = (t * a.B + b) * H + unit(), state = int64_t{b} * H + unit();
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
-      inputs[gate * kThreads] = lstm::load(a.gates, ((t * a.B + row) * 4 + gate) * H + unit_here(), a.dtype);
+      inputs[gate * kThreads] = lstm::load(a.gates, ((t * a.B + b) * 4 + gate) * H + unit(), a.dtype);
     inputs[4 * kThreads] = a.cells[at];
     inputs[5 * kThreads] =
-        step + 1 < a.T ? a.cells[(time_of(step + 1) * a.B + row) * H + unit_here()] : lstm::load(a.c0, state, a.state);
+        step + 1 < a.T ? a.cells[(time_of(step + 1) * a.B + b) * H + unit()] : lstm::load(a.c0, state, a.state);
     inputs[6 * kThreads] = a.dy == nullptr ? 0.0f : lstm::load(a.dy, at, a.dtype);
   };
 
   for (int pass = 0; pass < passes; ++pass) {
-    const int row = (replica + pass * plan.replicas) * ROWS + row_of();
-    const bool there = row_of() < ROWS && row < a.B;
-    const int64_t at = int64_t{row} * H + unit_here();
+    const int b = (replica + pass * plan.replicas) * ROWS + row();
+    const bool there = row() < ROWS && b < a.B;
+    const int64_t at = int64_t{b} * H + unit();
     states[(3 * pass + 0) * kThreads] = there && a.dc_n != nullptr ? a.dc_n[at] : 0.0f;
     states[(3 * pass + 1) * kThreads] = there && a.dh_n != nullptr ? a.dh_n[at] : 0.0f;
     states[(3 * pass + 2) * kThreads] = __uint_as_float(a.peaks[a.T]);
@@ -139,9 +143,9 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
       uint32_t* exchange = a.exchange + ((int64_t{step} * portions + portion) * slices + slice) * tiles * TILE;
       uint32_t* slice_flags = a.flags + ((int64_t{replica} * plan.passes + pass) * slices + slice) * groups;
 
-      // da of the block's own units, first of all to those who wait for it.
+      // da of the block's own() units, first of all to those who wait for it.
       float da[4];
-      if (row_of() < rows) {
+      if (row() < rows) {
         const float i = inputs[0], f = inputs[kThreads], g = inputs[2 * kThreads], o = inputs[3 * kThreads];
         const float before = inputs[5 * kThreads], c = tanh_of(inputs[4 * kThreads]);
         const float dh = inputs[6 * kThreads] + state[kThreads], dc = state[0] + dh * o * (1.0f - c * c);
@@ -150,8 +154,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
         da[2] = dc * i * (1.0f - g * g);
         da[3] = dh * c * o * (1.0f - o);
         state[0] = dc * f;
-        const int k = group * units + thread() % units, lane = row_of() % 8 * 4 + k % 4;
-        uint32_t* to = exchange + k / 4 * TILE + (row_of() / 8 * 32 + lane) * WORDS;
+        const int k = group * units + own(), lane = row() % 8 * 4 + k % 4;
+        uint32_t* to = exchange + k / 4 * TILE + (row() / 8 * 32 + lane) * WORDS;
         float2 left[2], nothing;
         const uint2 high = {pair_of(da[0] * scale.up, da[1] * scale.up, left[0]),
                             pair_of(da[2] * scale.up, da[3] * scale.up, left[1])};
@@ -165,10 +169,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
         ptx::sync_block();
         if (thread() == 0) ptx::store_release(slice_flags + group, uint32_t(step) + 1);
       }
-      if (row_of() < rows) {
-        const int64_t at = (time_of(step) * a.B + portion * ROWS + row_of()) * 4;
+      if (row() < rows) {
+        const int64_t at = (time_of(step) * a.B + portion * ROWS + row()) * 4;
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) store(a.gates, (at + gate) * H + unit_here(), a.dtype, da[gate]);
+        for (int gate = 0; gate < 4; ++gate) store(a.gates, (at + gate) * H + unit(), a.dtype, da[gate]);
       }
       if (pass + 1 < passes) {
         bring(step, pass + 1);
@@ -206,12 +210,11 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
       const unsigned buffer = ptx::side(sequence);
       const int64_t box = int64_t{members} * ROWS;  // floats that one block hands out, and gets
       float* handed = a.handed + ((int64_t{replica} * groups + group) * 2 + buffer) * slices * box;
-      for (int i = thread(); i < members * rows; i += kThreads) {
-        const int member = i % members, row = i / members, rank = member / units;
+      for (int rank = 0; rank < slices && line() < rows; ++rank) {
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += sums_of_warps[(w * ROWS + row) * PITCH + member];
-        const int at = (slice * ROWS + row) * units + member % units;
+        for (int w = 0; w < kWarps; ++w) sum += sums_of_warps[(w * ROWS + line()) * PITCH + rank * units + own()];
+        const int at = (slice * ROWS + line()) * units + own();
         if constexpr (CLUSTER) {
           ptx::map_rank(inbox, unsigned(rank))[buffer * (inbox_bytes(plan) / 4) + at] = sum * scale.down;
         } else {
@@ -227,10 +230,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
         if (thread() == 0) ptx::store_release(group_flags + slice, uint32_t(step) + 1);
         wait_for(group_flags, 0, slices - 1, uint32_t(step) + 1);
       }
-      if (row_of() < rows) {
+      if (row() < rows) {
         float dh = 0.0f;
         for (int p = 0; p < slices; ++p) {
-          const int at = (p * ROWS + row_of()) * units + thread() % units;
+          const int at = (p * ROWS + row()) * units + own();
           if constexpr (CLUSTER) {
             dh += inbox[buffer * (inbox_bytes(plan) / 4) + at];
           } else {
@@ -239,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
         }
         state[kThreads] = dh;
         if (step == a.T - 1) {
-          const int64_t at = (int64_t{portion} * ROWS + row_of()) * H + unit_here();
+          const int64_t at = (int64_t{portion} * ROWS + row()) * H + unit();
           a.dh0[at] = dh;
           a.dc0[at] = state[0];
         }

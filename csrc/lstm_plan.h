@@ -106,7 +106,7 @@ constexpr int64_t stage_bytes(const Tiling& t) { return whole_lines((t.split ? 4
 constexpr int sum_pitch(const Tiling& t) { return 16 * t.tiles + 4; }
 constexpr int64_t sum_bytes(const Tiling& t) { return whole_lines(4 * kWarps * 8 * t.columns * sum_pitch(t)); }
 
-constexpr int kInputs = 8;  // backward, floats that a thread brings for its next turn
+constexpr int kInputs = 9;  // backward, what a thread brings for its next turn, and its place
 
 // What the ranks of a cluster hand to one of them.
 constexpr int64_t inbox_bytes(const Plan& p) { return whole_lines(4 * p.slices * p.units * 8 * p.tiling.columns); }
