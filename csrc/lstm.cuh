@@ -14,9 +14,13 @@ namespace fastlm::lstm {
 
 #define FASTLM_DEVICE __device__ __forceinline__
 
-constexpr uint32_t kAbsent = 0xFFFFFFFF;  // a word that has not arrived; two NaNs of which no conversion makes both
+constexpr uint32_t kAbsent = 0xFFFFFFFF;  // a word that has not arrived; pair_of makes it of nothing
 
 using ptx::thread;
+
+// Split numbers go by powers of two, or their low halves would be subnormal: weights below 255, h and h0 below 4,094.
+constexpr float weight_up(bool split) { return split ? 256.0f : 1.0f; }
+constexpr float state_up(bool split) { return split ? 16.0f : 1.0f; }
 
 FASTLM_DEVICE float load(const void* p, int64_t n, DType dtype) {
   if (dtype == DType::f32) return static_cast<const float*>(p)[n];
@@ -141,7 +145,7 @@ FASTLM_DEVICE void fetch(Words<SPLIT> (&columns)[WAVE][NT], const uint32_t* from
     for (int k = 0; k < WAVE; ++k)
 #pragma unroll
       for (int n = 0; n < NT; ++n) waiting |= columns[k][n].absent();
-  } while (POLL && ptx::any(waiting) && !patience.ended("words of other blocks"));
+  } while (POLL && ptx::any(waiting && !patience.ended("words of other blocks")));
 #pragma unroll
   for (int k = 0; k < WAVE; ++k)
 #pragma unroll
@@ -246,7 +250,7 @@ struct Weights {
       for (int e = 0; e < 4; ++e) {
         const int j = begin + e;
         if (j < 0 || j >= LENGTH) continue;
-        const float value = j < r.count ? values[e] : 0.0f;
+        const float value = j < r.count ? values[e] * weight_up(SPLIT) : 0.0f;
         const __half high = __float2half_rn(value);
         stage[place(i, j)] = high;
         if constexpr (SPLIT) {
@@ -329,6 +333,20 @@ FASTLM_DEVICE void store_sums(const float (&sums)[MT][NT][4], float* to) {
 #pragma unroll
       for (int r = 0; r < 4; ++r)
         to[(warp * 8 * NT + n * 8 + 2 * q + (r & 1)) * PITCH + 16 * m + g + (r >> 1) * 8] = sums[m][n][r];
+}
+
+// The largest of `count` numbers, none of them negative, as soon as other blocks have written the bits of each.
+FASTLM_DEVICE float largest_of(const uint32_t* words, int count) {
+  uint32_t largest = 0;
+  for (int i = thread() % 32; i < count; i += 32) {
+    uint32_t word = ptx::load_relaxed(words + i);
+    for (ptx::Patience patience; word == kAbsent && !patience.ended("the largest dc");)
+      word = ptx::load_relaxed(words + i);
+    largest = max(largest, word);
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) largest = max(largest, ptx::shuffle_xor(largest, lanes));
+  return __uint_as_float(largest);
 }
 
 // Until flags first to last of `flags` have reached `epoch`, for the whole warp.

@@ -53,8 +53,10 @@ constexpr int64_t portions_of(const Plan& p, int64_t B) { return ceil_div(B, 8 *
 constexpr int64_t forward_exchange(const Plan& p, int64_t T, int64_t B, int64_t H) {
   return p.exchange == Exchange::cluster ? 0 : (T + 1) * portions_of(p, B) * operand_bytes(p.tiling, H) / 4;
 }
+// Behind da, a word of each block of a slice: the largest dc that it carries on.
 constexpr int64_t backward_exchange(const Plan& p, int64_t T, int64_t B) {
-  return T * portions_of(p, B) * p.slices * operand_bytes(p.tiling, int64_t{4} * p.groups * p.units) / 4;
+  const int64_t slice = operand_bytes(p.tiling, int64_t{4} * p.groups * p.units) / 4 + p.groups;
+  return T * portions_of(p, B) * p.slices * slice;
 }
 constexpr int64_t handed_floats(const Plan& p) {
   return p.cluster > 1 ? 0 : int64_t{2} * p.blocks() * p.slices * p.units * 8 * p.tiling.columns;
@@ -95,7 +97,10 @@ cudaError_t configure(void (*kernel)(const Args), const Plan& plan, cudaLaunchCo
                       cudaLaunchAttribute (&attributes)[2]) {
   if (kernel == nullptr) return cudaErrorInvalidValue;
   const void* function = reinterpret_cast<const void*>(kernel);
-  auto error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared));
+  int device = 0, most = 0;  // always the device's: a plan's own could be taken back by another thread's
+  auto error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error == cudaSuccess && plan.cluster > 8)
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   attributes[0].id = cudaLaunchAttributeCooperative;
@@ -136,6 +141,9 @@ int resident(void (*kernel)(const Args), const Plan& plan) {
   int count = 0, device = 0, multiprocessors = 0;
   if (configure(kernel, plan, config, attributes) != cudaSuccess) return 0;
   if (plan.cluster > 1) {
+    cudaFuncAttributes code{};  // compiled for less than Hopper, it has no clusters even there
+    if (cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel)) != cudaSuccess || code.ptxVersion < 90)
+      return 0;
     if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) return 0;
     return count * plan.cluster;
   }

@@ -11,9 +11,11 @@
 //   - adds what its group handed to it in the order of ranks, which makes the result the same at every run.
 // A group is a cluster and hands through its shared memory, or does so through global memory with flags.
 //
-// float16 holds da times a power of two that the blocks of a slice choose alike: so that the largest number that they
-// fetched at the step before, or the largest |dy| of this one, becomes 1. That leaves da room to grow 60,000-fold in
-// one step; beyond, it becomes infinite and is seen.
+// float16 holds da times a power of two that the blocks of a slice choose alike: so that the largest of these becomes
+// 1, |da| that they fetched at the step before, |dy| of this one, and 2^-9 times what da may become of: the largest dc
+// that any of them carried on at the last step but one, and what was largest at the last. So da has room to grow
+// 60,000-fold in a step, and 128-fold beyond a dc that gates had kept from it; then it would become infinite, and be
+// seen.
 #include "lstm.cuh"
 #include "lstm_args.h"
 
@@ -49,6 +51,8 @@ __global__ void __launch_bounds__(kThreads) lstm_backward_begin_kernel(const Bac
       a.exchange[row * words + i] = there ? kAbsent : 0;
     }
   const int64_t id = (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t i = id; i < rows * p.groups; i += int64_t{gridDim.x} * gridDim.y * kThreads)
+    a.exchange[rows * words + i] = kAbsent;
   for (int64_t i = id; i < flag_words(p); i += int64_t{gridDim.x} * gridDim.y * kThreads) a.flags[i] = 0;
 
   const int64_t count = int64_t{a.B} * a.H;
@@ -76,12 +80,12 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
   const int tiles = (groups * units + 3) / 4, portions = (a.B + ROWS - 1) / ROWS;
 
   unsigned char* shared = ptx::shared_memory();
-  uint32_t* tops = reinterpret_cast<uint32_t*>(shared);  // [warp]
+  uint32_t* tops = reinterpret_cast<uint32_t*>(shared);  // [2][warp]: of da that came, of dc that goes on
   shared += 128;
   Weights<SPLIT, MT, KEPT> weights(shared, plan.depth);
   shared += tail_bytes(TILING, plan.depth);
-  float* states = reinterpret_cast<float*>(shared) + thread();  // [pass][dc, dh, the largest gradient][thread]
-  shared += state_bytes(plan.passes, 3);
+  float* states = reinterpret_cast<float*>(shared) + thread();  // [pass][dc, dh, largest before, largest dc][thread]
+  shared += state_bytes(plan.passes, 4);
   float* inputs = reinterpret_cast<float*>(shared) + thread();  // [kInputs][thread]: of the next turn
   shared += state_bytes(1, kInputs);
   float* inbox = reinterpret_cast<float*>(shared);  // [2][rank][row][unit]
@@ -127,9 +131,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
     const int b = (replica + pass * plan.replicas) * ROWS + row();
     const bool there = row() < ROWS && b < a.B;
     const int64_t at = int64_t{b} * H + unit();
-    states[(3 * pass + 0) * kThreads] = there && a.dc_n != nullptr ? a.dc_n[at] : 0.0f;
-    states[(3 * pass + 1) * kThreads] = there && a.dh_n != nullptr ? a.dh_n[at] : 0.0f;
-    states[(3 * pass + 2) * kThreads] = __uint_as_float(a.peaks[a.T]);
+    states[(4 * pass + 0) * kThreads] = there && a.dc_n != nullptr ? a.dc_n[at] : 0.0f;
+    states[(4 * pass + 1) * kThreads] = there && a.dh_n != nullptr ? a.dh_n[at] : 0.0f;
+    states[(4 * pass + 2) * kThreads] = __uint_as_float(a.peaks[a.T]);
+    states[(4 * pass + 3) * kThreads] = 0.0f;
   }
   bring(0, 0);
   if constexpr (CLUSTER) ptx::cluster_sync();  // nobody hands to a block that has not started, or over its weights
@@ -138,12 +143,15 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
   for (int step = 0; step < a.T; ++step)
     for (int pass = 0; pass < passes; ++pass, ++sequence) {
       const int portion = replica + pass * plan.replicas, rows = min(ROWS, a.B - portion * ROWS);
-      float* state = states + 3 * pass * kThreads;
-      const Scale scale = scale_for(fmaxf(inputs[7 * kThreads], state[2 * kThreads]));
-      uint32_t* exchange = a.exchange + ((int64_t{step} * portions + portion) * slices + slice) * tiles * TILE;
+      float* state = states + 4 * pass * kThreads;
+      const float largest = fmaxf(fmaxf(inputs[7 * kThreads], state[2 * kThreads]), state[3 * kThreads] * 0x1p-9f);
+      const Scale scale = scale_for(largest);
+      const int64_t turn = (int64_t{step} * portions + portion) * slices + slice;
+      uint32_t* carried = a.exchange + int64_t{a.T} * portions * slices * tiles * TILE + turn * groups;
+      uint32_t* exchange = a.exchange + turn * tiles * TILE;
       uint32_t* slice_flags = a.flags + ((int64_t{replica} * plan.passes + pass) * slices + slice) * groups;
 
-      // da of the block's own() units, first of all to those who wait for it.
+      // da of the block's own units, first of all to those who wait for it.
       float da[4];
       if (row() < rows) {
         const float i = inputs[0], f = inputs[kThreads], g = inputs[2 * kThreads], o = inputs[3 * kThreads];
@@ -174,6 +182,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) store(a.gates, (at + gate) * H + unit(), a.dtype, da[gate]);
       }
+      if (step > 0) state[3 * kThreads] = largest_of(carried - int64_t{portions} * slices * groups, groups);
       if (pass + 1 < passes) {
         bring(step, pass + 1);
       } else if (step + 1 < a.T) {
@@ -198,15 +207,24 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
       }
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) top = ptx::max_pairs(top, ptx::shuffle_xor(top, lanes));
-      if (thread() % 32 == 0) tops[warp] = top;
+      float dc = fabsf(state[0]);
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) dc = fmaxf(dc, ptx::shuffle_xor(dc, lanes));
+      if (thread() % 32 == 0) tops[warp] = top, tops[kWarps + warp] = __float_as_uint(dc);
       store_sums(sums, sums_of_warps);
       ptx::sync_block();
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) top = ptx::max_pairs(top, tops[w]);
+      for (int w = 0; w < kWarps; ++w) {
+        top = ptx::max_pairs(top, tops[w]);
+        dc = fmaxf(dc, __uint_as_float(tops[kWarps + w]));
+      }
+      if (thread() == 0) ptx::store_relaxed(carried + group, __float_as_uint(dc));
       const uint32_t highest = max(top & 0xFFFF, top >> 16);
-      state[2 * kThreads] = __half2float(__ushort_as_half(static_cast<unsigned short>(highest))) * scale.down;
+      const float came = __half2float(__ushort_as_half(static_cast<unsigned short>(highest))) * scale.down;
+      state[2 * kThreads] = fmaxf(came, largest * 0x1p-9f);
 
       // To each rank of the group its part.
+      const float down = scale.down / weight_up(SPLIT);
       const unsigned buffer = ptx::side(sequence);
       const int64_t box = int64_t{members} * ROWS;  // floats that one block hands out, and gets
       float* handed = a.handed + ((int64_t{replica} * groups + group) * 2 + buffer) * slices * box;
@@ -216,9 +234,9 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_backward_kernel(const Backwa
         for (int w = 0; w < kWarps; ++w) sum += sums_of_warps[(w * ROWS + line()) * PITCH + rank * units + own()];
         const int at = (slice * ROWS + line()) * units + own();
         if constexpr (CLUSTER) {
-          ptx::map_rank(inbox, unsigned(rank))[buffer * (inbox_bytes(plan) / 4) + at] = sum * scale.down;
+          ptx::map_rank(inbox, unsigned(rank))[buffer * (inbox_bytes(plan) / 4) + at] = sum * down;
         } else {
-          handed[rank * box + at] = sum * scale.down;
+          handed[rank * box + at] = sum * down;
         }
       }
       if constexpr (CLUSTER) {

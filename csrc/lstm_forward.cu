@@ -32,6 +32,7 @@ template <bool SPLIT, int MT, int KEPT, int WAVE, int NT, template <bool, int, i
 __global__ void __launch_bounds__(kThreads, 1) lstm_forward_kernel(const Forward a) {
   constexpr Tiling TILING{SPLIT, MT, KEPT, WAVE, NT};
   constexpr int PAIRS = pairs(TILING), PITCH = sum_pitch(TILING);
+  constexpr float UP = state_up(SPLIT), DOWN = 1 / (UP * weight_up(SPLIT));
   const Plan& plan = a.plan;
   const int H = a.H, replica = blockIdx.x / plan.groups, unit0 = blockIdx.x % plan.groups * 4 * MT;
 
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_forward_kernel(const Forward
           for (int w = 0; w < kWarps; ++w) {
             const float* from = partial + (w * 8 * NT + at.row) * PITCH + (at.unit - unit0 + j) * 4;
             const float4 x = *reinterpret_cast<const float4*>(from);
-            s[0] += x.x, s[1] += x.y, s[2] += x.z, s[3] += x.w;
+            s[0] += x.x * DOWN, s[1] += x.y * DOWN, s[2] += x.z * DOWN, s[3] += x.w * DOWN;
           }
           s[0] = sigmoid(s[0]), s[1] = sigmoid(s[1]), s[2] = tanh_of(s[2]), s[3] = sigmoid(s[3]);
           float& cell = cells[((pass * PAIRS + i) * 2 + j) * kThreads];
@@ -124,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_forward_kernel(const Forward
           h[i][j] = at.unit + j < H ? s[3] * tanh_of(c[i][j]) : 0.0f;
         }
         float2 left, nothing;
-        const uint32_t high = pair_of(h[i][0], h[i][1], left), words[2] = {high, pair_of(left.x, left.y, nothing)};
+        const uint32_t high = pair_of(h[i][0] * UP, h[i][1] * UP, left),
+                       words[2] = {high, pair_of(left.x, left.y, nothing)};
         way.publish(turn, at.row, at.unit, words);
       }
       way.published(turn);

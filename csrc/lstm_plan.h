@@ -88,8 +88,8 @@ constexpr int64_t tail_bytes(const Tiling& t, int depth) {
   return kWarps * kFragment * t.tiles * (beyond + (t.split ? depth : 0));
 }
 
-// What a thread remembers of a portion of the batch: forward the cells of its pairs of units, backward dc, dh and the
-// largest gradient that it has seen.
+// What a thread remembers of a portion of the batch: forward the cells of its pairs of units, backward dc, dh and what
+// the next scale follows from.
 constexpr int pairs(const Tiling& t) { return int(ceil_div(16 * t.tiles * t.columns, kThreads)); }
 constexpr int64_t state_bytes(int passes, int floats) { return int64_t{4} * kThreads * floats * passes; }
 
@@ -133,7 +133,7 @@ constexpr int64_t forward_shared(const Plan& p, int64_t H) {
 
 constexpr int64_t backward_shared(const Plan& p) {
   const Tiling& t = p.tiling;
-  const int64_t states = state_bytes(p.passes, 3) + state_bytes(1, kInputs);
+  const int64_t states = state_bytes(p.passes, 4) + state_bytes(1, kInputs);
   const int64_t inbox = p.cluster > 1 ? 2 * inbox_bytes(p) : 0;
   const int64_t steps = tail_bytes(t, p.depth) + states + inbox + p.sides * sum_bytes(t);
   return 128 + larger(steps, load_bytes(t, p.depth));

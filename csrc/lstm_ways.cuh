@@ -27,8 +27,9 @@ FASTLM_DEVICE Place place_of(int portion, int tile, int columns, int n, int lane
 FASTLM_DEVICE uint32_t first_word(const Forward& a, const Place& at, bool low) {
   if (at.row >= a.B || at.unit >= a.H) return 0;
   const int64_t i = int64_t{at.row} * a.H + at.unit;
+  const float up = state_up(a.plan.tiling.split), h = load(a.h0, i, a.state) * up;
   float2 left;
-  const uint32_t high = pair_of(load(a.h0, i, a.state), at.unit + 1 < a.H ? load(a.h0, i + 1, a.state) : 0.0f, left);
+  const uint32_t high = pair_of(h, at.unit + 1 < a.H ? load(a.h0, i + 1, a.state) * up : 0.0f, left);
   return low ? pair_of(left.x, left.y, left) : high;
 }
 

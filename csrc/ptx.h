@@ -165,7 +165,7 @@ FASTLM_PTX void copy_async_wait(Site site = Site::current()) {
 }
 
 // ---- Words in global memory that other blocks poll or write meanwhile: past L1, no race, and in themselves no order.
-// Of a pair both words are of one store; of four, each is for itself.
+// Each word is for itself, so that whoever reads it may do so with others or alone.
 
 FASTLM_PTX uint32_t load_relaxed(const uint32_t* p, Site site = Site::current()) {
   FASTLM_EITHER(emulator::load_relaxed(p, site), {
@@ -177,9 +177,9 @@ FASTLM_PTX uint32_t load_relaxed(const uint32_t* p, Site site = Site::current())
 
 FASTLM_PTX uint2 load_relaxed_x2(const uint2* p, Site site = Site::current()) {
   FASTLM_EITHER(emulator::load_relaxed_x2(p, site), {
-    uint64_t x;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
-    return make_uint2(uint32_t(x), uint32_t(x >> 32));
+    uint2 x;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p) : "memory");
+    return x;
   });
 }
 
@@ -200,8 +200,8 @@ FASTLM_PTX void store_relaxed(uint32_t* p, uint32_t x, Site site = Site::current
 }
 
 FASTLM_PTX void store_relaxed(uint2* p, uint2 x, Site site = Site::current()) {
-  FASTLM_EITHER(emulator::store_relaxed(p, x, site), asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p),
-                                                                  "l"(uint64_t{x.y} << 32 | x.x) : "memory"));
+  FASTLM_EITHER(emulator::store_relaxed(p, x, site),
+                asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory"));
 }
 
 // What was written before a release is seen after the acquire that reads its word.
@@ -281,7 +281,7 @@ struct Patience {
 
 FASTLM_PTX void cluster_arrive(Site site = Site::current()) {
   FASTLM_EITHER(emulator::cluster_arrive(site),
-                FASTLM_SM90(asm volatile("barrier.cluster.arrive.release.aligned;" :: : "memory")));
+                FASTLM_SM90(__syncwarp(); asm volatile("barrier.cluster.arrive.release.aligned;" :: : "memory")));
 }
 
 FASTLM_PTX void cluster_wait(Site site = Site::current()) {

@@ -46,9 +46,9 @@ def plan_of(wish, name):
     return dict(zip(WORDS, out, strict=True))
 
 
-def layer(wish, dtype, state):
+def layer(wish, dtype, state, size=1.0):
     torch.manual_seed(hash(wish[:3]))
-    weight = (torch.rand(4 * wish.H, wish.H) * 2 - 1) * wish.H**-0.5
+    weight = (torch.rand(4 * wish.H, wish.H) * 2 - 1) * wish.H**-0.5 * size
     h0, c0 = torch.randn(wish.B, wish.H) * 0.5, torch.randn(wish.B, wish.H)
     return torch.randn(wish.T, wish.B, 4 * wish.H).to(dtype), weight.to(dtype), h0.to(state), c0.to(state)
 
@@ -57,11 +57,13 @@ def words(count):
     return torch.empty(count, dtype=torch.int32)
 
 
-def forward(wish, *, dtype=torch.float32, state=torch.float32, p=0.5, reverse=False, keep=True, change=None, **options):
+def forward(
+    wish, *, dtype=torch.float32, state=torch.float32, p=0.5, reverse=False, keep=True, change=None, size=1.0, **options
+):
     """What the kernel finds and what float64 does."""
     plan, codes = plan_of(wish, "lstm_forward"), emulated.DTYPES
     assert plan["there"], "no plan"
-    gates, weight, h0, c0 = layer(wish, dtype, state)
+    gates, weight, h0, c0 = layer(wish, dtype, state, size)
     if change is not None:
         change(gates)
     T, B, H = wish[:3]
@@ -79,13 +81,16 @@ def forward(wish, *, dtype=torch.float32, state=torch.float32, p=0.5, reverse=Fa
 
 
 def backward(wish, *, dtype=torch.float32, state=torch.float32, p=0.5, reverse=False, grads=("dy", "dh", "dc"),
-             scale=1.0, change=None, **options):  # fmt: skip
+             scale=1.0, change=None, shut=(), size=1.0, **options):  # fmt: skip
     """The same for da, dh0 and dc0, from gates that float32 has made."""
     plan, codes = plan_of(wish, "lstm_backward"), emulated.DTYPES
     assert plan["there"], "no plan"
-    gates, weight, h0, c0 = layer(wish, dtype, state)
+    gates, weight, h0, c0 = layer(wish, dtype, state, size)
     T, B, H = wish[:3]
     seed = SEED if p else None
+    for step in shut:  # nothing is written to the cells, and they keep what they have
+        gates[step, :, :H] -= 14
+        gates[step, :, H : 2 * H] += 14
     kept = gates.float()
     cells = _forward(kept, weight.float(), h0.float(), c0.float(), seed, p, reverse, True, False)[3]
     kept = kept.to(dtype)
@@ -227,6 +232,22 @@ def test_size_of_gradients(scale):
         for step in range(7):  # each by itself: the large ones say nothing about the small
             rows = dict(gates=wanted["gates"][step])
             assert_near(dict(gates=found["gates"][step]), rows, 5 * HALF)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_gates_that_shut(split):
+    """Gradients that gates keep in the cells for some steps, and then let out, all at once."""
+    bound = SPLIT if split else HALF
+    for wish in (Wish(2, 1, 1, split), Wish(2, 4, 8, split), SMALL._replace(T=6, split=split)):
+        for grads, shut in ((("dc",), [-1]), (("dc",), [-1, -2]), (("dh",), [-2]), (("dy",), [-1, -2, -3])):
+            found, wanted = backward(wish, grads=grads, shut=shut[: wish.T - 1], schedules=2)
+            assert_near(found, wanted, 5 * bound)
+
+
+@pytest.mark.parametrize("run", [forward, backward])
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 0.1, 10.0])
+def test_size_of_weights(run, size):
+    assert_near(*run(SMALL._replace(split=1), size=size, schedules=2), 2 * SPLIT)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

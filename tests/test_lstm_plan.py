@@ -131,7 +131,7 @@ def shared_memory(p, backward, exchange):
     slots = np.maximum(p.depth - p.kept, 0) + np.where(p.split, p.depth, 0)
     tail = 16 * THREADS * p.tiles * slots
     if backward:
-        states = 4 * THREADS * (3 * p.passes + 9)
+        states = 4 * THREADS * (4 * p.passes + 9)
         box = lines(4 * p.slices * p.units * 8 * p.columns)
         between = np.where(p.cluster > 1, 2 * box, 0)
     else:
