@@ -10,10 +10,11 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T, typename Tile, int kThetas>
-void launch_walk(CacheArgs args, const Room& room, cudaStream_t stream) {
+void launch_walk(CacheArgs args, const Room& room, int limit, cudaStream_t stream) {
   args.kept = room.kept;
   const auto kernel = cache_attention_kernel<T, Tile, kThetas>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.bytes));
+  // The device's limit: that of this call could be taken back by another thread's.
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
   kernel<<<unsigned((args.rows + Tile::kRows - 1) / Tile::kRows), Tile::kThreads, room.bytes, stream>>>(args);
 }
 
@@ -24,12 +25,12 @@ void launch_cache_attention(const CacheArgs& args, int device, cudaStream_t stre
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   if constexpr (!kSplit<T>) {
     const Room tall = room<Tall>(args.units, limit);
-    if (tall.kept == args.units && args.thetas == 1) return launch_walk<T, Tall, 1>(args, tall, stream);
+    if (tall.kept == args.units && args.thetas == 1) return launch_walk<T, Tall, 1>(args, tall, limit, stream);
   }
   const Room square = room<Square>(args.units, limit);
-  if (args.thetas == 1) return launch_walk<T, Square, 1>(args, square, stream);
-  if (args.thetas <= 4) return launch_walk<T, Square, 4>(args, square, stream);
-  launch_walk<T, Square, kMostThetas>(args, square, stream);
+  if (args.thetas == 1) return launch_walk<T, Square, 1>(args, square, limit, stream);
+  if (args.thetas <= 4) return launch_walk<T, Square, 4>(args, square, limit, stream);
+  launch_walk<T, Square, kMostThetas>(args, square, limit, stream);
 }
 
 int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }

@@ -216,12 +216,17 @@ bool worth_while(const lstm::Plan& plan, int64_t H, int64_t B, bool split) {
   return wanted_exchange().has_value() || plan.nanoseconds < lstm::alternating_time(H, B, split);
 }
 
-// Whether the launch is done; not where others have taken multiprocessors since the plan was made.
+// Whether the launch is done; not where others have taken multiprocessors since the plan was made, and not where the
+// driver, for reasons of its own, does not launch blocks or clusters in this way.
 bool launched(cudaError_t error) {
-  if (error == cudaErrorCooperativeLaunchTooLarge) {
-    cudaGetLastError();
-    return false;
-  }
+  constexpr cudaError_t kRefusals[] = {cudaErrorCooperativeLaunchTooLarge, cudaErrorInvalidClusterSize,
+                                       cudaErrorInvalidConfiguration, cudaErrorNotSupported,
+                                       cudaErrorLaunchOutOfResources};
+  for (const cudaError_t refusal : kRefusals)
+    if (error == refusal) {
+      cudaGetLastError();
+      return false;
+    }
   STD_CUDA_CHECK(error);
   return true;
 }
@@ -388,13 +393,17 @@ Device able_device(const Tensor& x) {
   return device;
 }
 
-void check(const Tensor& weight, const Tensor& c0, ScalarType kind, const char* name, int64_t batch, int64_t hidden) {
+void check(const Tensor& weight, const Tensor& c0, ScalarType kind, const char* name, int64_t batch, int64_t hidden,
+           const std::optional<Tensor>& seed) {
   STD_TORCH_CHECK(
       weight.dim() == 2 && weight.size(0) == 4 * hidden && weight.size(1) == hidden && weight.scalar_type() == kind,
       "w_hh must have shape [4H, H] and the dtype of ", name);
   STD_TORCH_CHECK(c0.dim() == 2 && c0.size(0) == batch && c0.size(1) == hidden, "c0 must have shape [B, H]");
   STD_TORCH_CHECK(c0.scalar_type() == kind || c0.scalar_type() == ScalarType::Float,
                   "c0 must be float32 or have the dtype of ", name);
+  STD_TORCH_CHECK(!seed.has_value() || (seed->numel() == 1 && seed->scalar_type() == ScalarType::Long &&
+                                        seed->get_device_index() == weight.get_device_index()),
+                  "seed must be an int64 scalar tensor on the device of w_hh");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& projected, const Tensor& w_hh, const Tensor& h0_,
@@ -403,7 +412,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& projected, const Te
   STD_TORCH_CHECK(projected.dim() == 3 && projected.size(2) % 4 == 0 && projected.is_contiguous(),
                   "projected must have shape [T, B, 4H] and be contiguous");
   const int64_t T = projected.size(0), B = projected.size(1), H = projected.size(2) / 4;
-  check(w_hh, c0_, projected.scalar_type(), "projected", B, H);
+  check(w_hh, c0_, projected.scalar_type(), "projected", B, H, seed);
   STD_TORCH_CHECK(h0_.sizes().equals(c0_.sizes()) && h0_.scalar_type() == c0_.scalar_type(),
                   "h0 must have the shape and dtype of c0");
   const torch::stable::accelerator::DeviceGuard guard(projected.get_device_index());
@@ -436,7 +445,7 @@ std::tuple<Tensor, Tensor> bwd(const std::optional<Tensor>& dy_, const std::opti
                                bool reverse, bool tf32) {
   STD_TORCH_CHECK(cells_.dim() == 3 && cells_.scalar_type() == ScalarType::Float, "cells must be float32 [T, B, H]");
   const int64_t B = cells_.size(1), H = cells_.size(2);
-  check(w_hh, c0_, gates.scalar_type(), "gates", B, H);
+  check(w_hh, c0_, gates.scalar_type(), "gates", B, H, seed);
   STD_TORCH_CHECK(gates.numel() == 4 * cells_.numel() && gates.is_contiguous(),
                   "gates must be what lstm_fwd(keep=True) left in projected");
   STD_TORCH_CHECK(

@@ -384,6 +384,8 @@ def lstm(
             )
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     p = _checks.probability("weight_dropout", weight_dropout)
+    if p and seed is not None:
+        _checks.seed(seed, x)
     chosen = _lib.resolve("lstm", impl, x)
     if chosen in ("cpu", "cuda", "triton"):
         if p and seed is None:
