@@ -38,7 +38,8 @@ def outcome(call, leaves, upstream):
 
 
 def ours(impl, p=P, **options):
-    return lambda *args: lstm(*args, weight_dropout=p, seed=SEED.cuda(), impl=impl, **options)
+    seed = SEED.cuda()  # not within the call, which a graph may capture
+    return lambda *args: lstm(*args, weight_dropout=p, seed=seed, impl=impl, **options)
 
 
 def in_double(leaves, upstream, p=P, reverse=False):
