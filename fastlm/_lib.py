@@ -110,8 +110,8 @@ def declare(
         triton: the schemas that have a Triton kernel, a function of the same name in `fastlm.triton`; each gets an
             overload of that name.
         extra: implementations that need no kernel, best first. dtypes: what the kernels take.
-        unmeasured: the devices whose native kernels no results in benchmarks/results have timed yet: `"auto"` passes
-            them over, lest they be slower than what is in `extra`.
+        unmeasured: the devices whose native kernels no results in benchmarks/results have timed yet: `"auto"` takes
+            what is in `extra`, else Triton's, before them.
     """
     ops[op] = Op(kernels, triton, extra, dtypes, unmeasured)
     for name in triton:
@@ -218,12 +218,12 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
 
 
 def _automatic(op: str, device: str, served: bool) -> str:
-    """What `"auto"` takes: a native kernel that was measured, else the best of `extra`, else Triton's.
+    """What `"auto"` takes: a native kernel that was measured, the best of `extra`, Triton's, a native kernel.
 
     `served` is whether kernels take the dtype.
 
-    Triton comes last because the interpreter, and any GPU that was not measured, must not take an operator from a
-    library that was tuned for it.
+    Triton comes after `extra` because the interpreter, and any GPU that was not measured, must not take an operator
+    from a library that was tuned for it.
     """
     extra = ops[op].extra
     able = {"reference": True, **dict.fromkeys(extra, True)}
@@ -236,4 +236,6 @@ def _automatic(op: str, device: str, served: bool) -> str:
         return extra[0]
     if device == "cuda" and able["triton"]:
         return "triton"
+    if able[device]:
+        return device
     return "fallback" if served or not native(op, device) else "reference"

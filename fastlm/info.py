@@ -154,7 +154,7 @@ def passed_over() -> dict:
     found = [(device, name) for name, op in sorted(library.ops.items()) for device in op.unmeasured]
     report = {}
     for device, name in found:
-        if library.native(name, device):
+        if library.native(name, device) and library._automatic(name, device, True) != device:
             report.setdefault(device, []).append(name)
     return report
 

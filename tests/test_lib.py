@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlm import _lib, info, testing
+from fastlm import _lib, info, ops, testing
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -54,6 +54,25 @@ def test_auto_passes_over_what_was_not_measured(monkeypatch):
     assert _lib._automatic("lstm", "cuda", True) == "cuda"
     monkeypatch.setattr(_lib, "native_kernels", set())
     assert info.passed_over() == {} and info.text({}) == "none"
+
+
+@pytest.mark.parametrize("function", [ops.cache_attention, ops.forget_mult, ops.qrnn_pool])
+def test_auto_passes_over_only_for_what_can_serve(function, monkeypatch):
+    """Triton stands in for a CUDA kernel that was not measured; without it that kernel comes before the fallback."""
+    op = function.__name__
+    monkeypatch.setattr(_lib, "DEFAULT_IMPL", "auto")
+    monkeypatch.setattr(_lib, "native_kernels", {(name, "cuda") for name in _lib.ops[op].kernels})
+    measured = _lib.ops[op]._replace(unmeasured=())
+    for missing, auto in ((None, "triton"), ("Triton is not installed", "cuda")):
+        monkeypatch.setattr(_lib, "triton_missing", missing)
+        assert _lib._automatic(op, "cuda", True) == auto
+        assert info.passed_over() == ({"cuda": [op]} if auto == "triton" else {})
+        assert _lib._automatic(op, "cuda", False) == "reference"
+        with monkeypatch.context() as patch:
+            patch.setitem(_lib.ops, op, measured)
+            assert _lib._automatic(op, "cuda", True) == "cuda" and info.passed_over() == {}
+    monkeypatch.setattr(_lib, "native_kernels", set())
+    assert _lib._automatic(op, "cuda", True) == "fallback"
 
 
 def test_what_was_not_measured_has_no_results():

@@ -24,7 +24,7 @@ _lib.define(
     "cache_attention(Tensor hidden, Tensor next_ids, Tensor? memory, Tensor? memory_ids, Tensor? start, "
     "float[] theta, int[] window) -> (Tensor, Tensor)"
 )
-_lib.declare("cache_attention", kernels=("cache_attention",), triton=("cache_attention",))
+_lib.declare("cache_attention", kernels=("cache_attention",), triton=("cache_attention",), unmeasured=("cuda",))
 
 _LONGEST = 2**48  # a window that no stream fills; longer ones would not fit in 64 bits
 _BLOCK_SCORES = 1 << 20  # scores of one block of rows in the vectorised fallback: 4 MB, which a cache holds

@@ -23,7 +23,7 @@ _lib.define(
     " -> (Tensor df, Tensor dx, Tensor dh0)"
 )
 _KERNELS = ("forget_mult_fwd", "forget_mult_bwd")
-_lib.declare("forget_mult", kernels=_KERNELS, triton=_KERNELS)
+_lib.declare("forget_mult", kernels=_KERNELS, triton=_KERNELS, unmeasured=("cuda",))
 
 
 def reference(f: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None = None, reverse: bool = False) -> torch.Tensor:

@@ -39,7 +39,7 @@ _lib.define(
     " bool reverse) -> (Tensor dgates, Tensor dc0)"
 )
 _KERNELS = ("qrnn_pool_fwd", "qrnn_pool_bwd")
-_lib.declare("qrnn_pool", kernels=_KERNELS, triton=_KERNELS)
+_lib.declare("qrnn_pool", kernels=_KERNELS, triton=_KERNELS, unmeasured=("cuda",))
 
 
 def _activate(gates, seed, pooling, zoneout):
