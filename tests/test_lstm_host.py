@@ -4,11 +4,13 @@
 own products. What runs the kernels themselves is `test_lstm_steps_emulated.py` and `test_lstm_emulated.py`.
 """
 
+import ctypes
 import importlib.util
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_lstm import KERNEL
@@ -143,3 +145,65 @@ def test_values_of_the_alternating_path(library, fresh_python):
 
 def test_which_way_a_call_goes(library, fresh_python):
     fresh_python(BEGIN.format(library=library) + WAYS, FASTLM_DISABLE_NATIVE="1")
+
+
+LAUNCH = ("launches", "questions", "blocks", "threads", "shared", "cooperative", "cluster", "attributes", "allowed")
+LAUNCH += ("non_portable", "right_kernel", "right_stream", "T")
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """Launches a plan's kernel, or asks for its room, and returns the answer and what the runtime got."""
+    played = ctypes.CDLL(build("lstm_launch", tmp_path_factory.mktemp("launch")))
+
+    def call(*plan, resident=False, no_kernel=False, fails=0, error=0, each=0):
+        found = (ctypes.c_int * len(LAUNCH))()
+        answer = played.ask(resident, no_kernel, *plan, fails, error, each, found)
+        return answer, SimpleNamespace(**dict(zip(LAUNCH, found, strict=True)))
+
+    return call
+
+
+PLANS = [  # slices, groups, replicas, blocks of a cluster, bytes of shared memory
+    *((1, 1, 1, 1, 1), (1, 96, 1, 1, 200_000), (4, 29, 1, 1, 227 * 1024), (1, 7, 5, 1, 50_000)),
+    *((1, 96, 1, 2, 1000), (4, 10, 3, 4, 1000), (8, 16, 1, 8, 150_000), (1, 16, 2, 16, 100_000)),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_what_a_launch_asks_for(ask, plan):
+    slices, groups, replicas, cluster, shared = plan
+    for each in (3, 0):
+        for resident in (False, True):
+            answer, seen = ask(*plan, resident=resident, each=each)
+            assert answer == (each * (132 if cluster == 1 else cluster) if resident else 0)
+            assert (seen.launches, seen.questions) == ((0, 1) if resident else (1, 0))
+            assert (seen.threads, seen.shared) == (256, shared) and seen.allowed >= shared
+            assert seen.non_portable == (cluster > 8)
+            if resident and cluster == 1:  # the question has no configuration
+                continue
+            assert seen.blocks == slices * groups * replicas and seen.cooperative == 1
+            assert (seen.cluster, seen.attributes) == ((cluster, 2) if cluster > 1 else (0, 1))
+            assert resident or (seen.right_kernel, seen.right_stream, seen.T) == (1, 1, 70)
+
+
+SHARED, NON_PORTABLE, LAUNCHING, OCCUPANCY = range(1, 5)
+
+
+@pytest.mark.parametrize("error", [1, 720])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_errors_of_a_launch_are_handed_on(ask, plan, error):
+    """A kernel that may not have its memory or its clusters is not launched, and has no room."""
+    cluster = plan[3]
+    for fails in (SHARED, LAUNCHING, *((NON_PORTABLE,) if cluster > 8 else ())):
+        answer, seen = ask(*plan, fails=fails, error=error)
+        assert (answer, seen.launches) == (error, fails == LAUNCHING)
+    for fails in (SHARED, OCCUPANCY, *((NON_PORTABLE,) if cluster > 8 else ())):
+        answer, seen = ask(*plan, resident=True, fails=fails, error=error, each=3)
+        assert (answer, seen.questions) == (0, fails == OCCUPANCY)
+
+
+def test_no_kernel_is_an_error(ask):
+    for resident in (False, True):
+        answer, seen = ask(*PLANS[0], resident=resident, no_kernel=True, each=3)
+        assert (answer, seen.launches, seen.questions) == (0 if resident else 1, 0, 0)

@@ -1,5 +1,5 @@
-// What csrc/lstm.cu's host part needs of the CUDA runtime, played: a device whose facts and whose answers a test sets,
-// and launches that run on the spot, thread after thread.
+// What the host parts of CUDA sources need of the CUDA runtime, played: a device whose facts and whose answers a test
+// sets.
 #pragma once
 #include "../emulator/cuda/cuda_runtime.h"
 
@@ -39,15 +39,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr fact, int) 
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
-template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int*, Kernel, const cudaLaunchConfig_t*) {
-  return cudaErrorInvalidValue;
-}
-template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int*, Kernel, int, size_t) {
-  return cudaErrorInvalidValue;
-}
 
+// Each source has these its own way.
+cudaError_t cudaFuncSetAttribute(const void* function, int attribute, int value);
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel kernel, const cudaLaunchConfig_t* config);
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel kernel, int threads, size_t shared);
 template <typename Kernel, typename Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, const Args& args);
