@@ -5,7 +5,8 @@
 
 One call of `run` is a number of schedules: orders and speeds of blocks, moments at which asynchronous copies land. A
 race, an access out of bounds, a hang or a result that differs between schedules raises `Fault`. `mutations` takes away
-each barrier, wait, fence and second buffer in turn. FASTLM_EMULATOR=thorough asks for more schedules and larger shapes.
+each barrier, wait, fence, relaxed load and second buffer in turn. FASTLM_EMULATOR=thorough asks for more schedules and
+larger shapes.
 """
 
 import ctypes

@@ -108,7 +108,7 @@ MUTATIONS = {
         "load_acquire: unordered",
         "sync_block: unordered",
     ],
-    tagged: ["side: hang"],
+    tagged: ["side: hang", "load_relaxed_x2: hang"],
     peers: [
         "cluster_sync: a cluster peer that may not have begun",
         "side: unordered",
