@@ -273,10 +273,26 @@ def test_numbers_that_are_none(value):
 TWICE = "a barrier of the block lies between two turns"
 
 
+REPLICAS = Wish(3, 40, 13, multiprocessors=6)  # several of them, each with several portions
+HALVES = Wish(3, 11, 37, split=1, multiprocessors=16)
+
+
+def assert_passed(reports, *parts):
+    for part in parts:
+        assert any(part in emulated.label(site) for site in reports), part
+
+
+def one_buffer():
+    wish = Wish(3, 11, 13, multiprocessors=4, only=0)
+    wish = wish._replace(shared=plan_of(wish, "lstm_forward")["shared"] - 1)
+    assert plan_of(wish, "lstm_forward")["sides"] == 1
+    return wish
+
+
 @pytest.mark.parametrize(
     ("wishes", "harmless"),
     [
-        ([SMALL], {}),
+        ([SMALL, one_buffer, REPLICAS, HALVES], {}),
         ([SMALL._replace(exchange=FLAGS), Wish(4, 5, 61, exchange=FLAGS)], {"float* partial": TWICE}),
         ([SMALL._replace(exchange=GRID), Wish(4, 5, 61, exchange=GRID)], {"float* partial": TWICE}),
         (
@@ -288,13 +304,19 @@ TWICE = "a barrier of the block lies between two turns"
     ids=["data", "flags", "grid", "multicast", "cluster"],
 )
 def test_forward_needs_every_barrier(wishes, harmless):
-    emulated.assert_all_reported(unit("lstm_forward"), both(forward, HALF, *wishes), harmless)
+    wishes = [wish() if callable(wish) else wish for wish in wishes]
+    reports = emulated.assert_all_reported(unit("lstm_forward"), both(forward, HALF, *wishes), harmless)
+    if wishes[0].exchange == DATA:
+        assert_passed(reports, "load_relaxed_x2", "load_relaxed_x4", "plan.sides == 1")
 
 
 @pytest.mark.parametrize("exchange", [DATA, FLAGS, GRID])
 def test_backward_needs_every_barrier(exchange):
     wishes = [Wish(4, B, 61, exchange=exchange, multiprocessors=8) for B in (5, 11)]
-    emulated.assert_all_reported(unit("lstm_backward"), both(backward, HALF, *wishes))
+    wishes += [REPLICAS, HALVES] if exchange == DATA else []
+    reports = emulated.assert_all_reported(unit("lstm_backward"), both(backward, HALF, *wishes))
+    if exchange == DATA:
+        assert_passed(reports, "load_relaxed_x2", "load_relaxed_x4")
 
 
 def test_backward_in_clusters_needs_every_barrier():
