@@ -1,7 +1,9 @@
 // What the units of the persistent LSTM share. With two warps to a block their small layers have what large ones have
 // with eight: weights beyond the registers, and several fetches a step.
 #pragma once
+#ifndef FASTLM_LSTM_WARPS
 #define FASTLM_LSTM_WARPS 2
+#endif
 #include "emulator.h"
 #include "lstm_args.h"
 
