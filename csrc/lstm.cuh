@@ -339,9 +339,11 @@ FASTLM_DEVICE void store_sums(const float (&sums)[MT][NT][4], float* to) {
 FASTLM_DEVICE float largest_of(const uint32_t* words, int count) {
   uint32_t largest = 0;
   for (int i = thread() % 32; i < count; i += 32) {
-    uint32_t word = ptx::load_relaxed(words + i);
-    for (ptx::Patience patience; word == kAbsent && !patience.ended("the largest dc");)
+    uint32_t word;
+    ptx::Patience patience;
+    do {
       word = ptx::load_relaxed(words + i);
+    } while (word == kAbsent && !patience.ended("the largest dc"));
     largest = max(largest, word);
   }
 #pragma unroll
