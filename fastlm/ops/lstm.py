@@ -362,9 +362,10 @@ def lstm(
             `"cuda"` and `"triton"` once for a pass; all three multiply in the dtype of `x` (`"cpu"` float16 in float32)
             and keep c in float32. `"cuda"` needs a GPU of compute capability 8.0; it makes float32 products of
             TF32's 11 bits where `torch.backends.cudnn` allows that for recurrent layers, as by default, and backward as
-            forward. Its products with h are of float16 for every dtype, split in two for float32 in full: beyond 65,504
-            an `h0` or a masked weight is infinite there. `"aten"` is PyTorch's own layer on a masked copy of `w_hh`, in
-            the wider of the dtypes of `x` and the state (float16 in float32 on a CPU).
+            forward. Its products with h are of float16 for every dtype: beyond 65,504 an `h0` or a masked weight is
+            infinite there; in float32 in full they are split in two, up to 4,094 and 255. `"aten"` is PyTorch's own
+            layer on a masked copy of `w_hh`, in the wider of the dtypes of `x` and the state (float16 in float32 on a
+            CPU).
 
     Returns:
         `(y, h_n, c_n)`: `[T, B, H]` in the dtype of `x`, and `[B, H]` each in the dtype of the state given. Kernels,
