@@ -73,7 +73,7 @@ def test_what_cannot_serve_says_why(monkeypatch):
         forget_mult(x, x, impl="triton")
 
 
-def test_auto_takes_triton_only_on_a_gpu_without_a_kernel(monkeypatch):
+def test_auto_takes_triton_on_a_gpu_unless_a_kernel_was_timed(monkeypatch):
     monkeypatch.setattr(_lib, "triton_missing", None)
     monkeypatch.setattr(_lib, "interpreting", True)
     monkeypatch.setattr(_lib, "native_kernels", set())
@@ -81,8 +81,13 @@ def test_auto_takes_triton_only_on_a_gpu_without_a_kernel(monkeypatch):
     assert _lib._automatic("forget_mult", "cuda", True) == "triton"
     assert _lib._automatic("forget_mult", "cuda", False) == "fallback"
     assert _lib._automatic("lstm", "cuda", True) == "aten"
-    monkeypatch.setattr(_lib, "native_kernels", {("forget_mult_fwd", "cuda"), ("forget_mult_bwd", "cuda")})
+    built = {(kernel, "cuda") for op in ("forget_mult", "dropconnect") for kernel in _lib.ops[op].kernels}
+    monkeypatch.setattr(_lib, "native_kernels", built)
+    assert _lib._automatic("dropconnect", "cuda", True) == "cuda"
+    assert _lib._automatic("forget_mult", "cuda", True) == "triton"  # its kernel in C++ is not timed yet
+    monkeypatch.setattr(_lib, "triton_missing", "not installed")
     assert _lib._automatic("forget_mult", "cuda", True) == "cuda"
+    monkeypatch.setattr(_lib, "triton_missing", None)
     monkeypatch.setattr(_lib, "DEFAULT_IMPL", "triton")
     assert _lib._automatic("forget_mult", "cuda", True) == "triton"
     assert _lib._automatic("forget_mult", "cuda", False) != "triton"
