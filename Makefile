@@ -1,6 +1,6 @@
 # Every target sets itself up from nothing: Python 3.10+ and a C++ compiler are enough, a GPU is not needed.
 #   make demo      train two small models on a corpus that needs no download, tune the cache, print one table
-#   make test      every test
+#   make test      every test, on as many processes as there are cores
 #   make bench     time everything beside its competitors; ARGS="--quick" for the lines with a target alone
 #   make gpu       on a machine with a GPU, within nine minutes and without a network: build with the packages that are
 #                  there, run every test marked gpu, the kernels under compute-sanitizer, then the benchmarks; ONLY="test"
@@ -36,8 +36,9 @@ NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 demo: $(STAMPS)/fastlm
 	$(BIN)/fastlm demo $(ARGS)
 
+# A file of tests has one process to itself: what it builds or trains once is there for all of it.
 test: $(STAMPS)/fastlm
-	$(IN_VENV) python -m pytest $(ARGS)
+	$(IN_VENV) python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: $(STAMPS)/bench
 	$(BIN)/fastlm bench $(ARGS)

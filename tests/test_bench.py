@@ -347,7 +347,7 @@ def test_run_of_everything(tiny):
     for case in run["cases"]:
         assert case["contenders"][0]["name"] == "fastlm"
         for entry in case["contenders"]:
-            assert 0 < entry["p20"] <= entry["ms"] <= entry["p80"] and entry["rounds"] >= 2, entry
+            assert 0 < entry["p20"] <= entry["ms"] <= entry["p80"] and entry["rounds"] >= 1, entry
             assert entry["error"] <= 2 * entry["plain_error"] + 8e-3
     missing = {reason for case in run["cases"] for reason in case["left_out"].values()}
     assert all(text.endswith(("not installed", "alone", "this PyTorch has none")) for text in missing), missing
