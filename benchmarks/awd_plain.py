@@ -27,6 +27,7 @@ class PlainAWD(nn.Module):
             layers.append(nn.LSTM(inner, outer) if config.cell == "lstm" else nn.Linear(inner * seen, 3 * outer))
         self.layers = nn.ModuleList(layers)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 
     def start(self, batch: int) -> list[tuple[Tensor, ...]]:
         """The state before the first window: (h, c) of an LSTM, (c, last input) of a QRNN."""
@@ -40,33 +41,43 @@ class PlainAWD(nn.Module):
         return state
 
     def loss(self, tokens: Tensor, targets: Tensor, state: list[tuple[Tensor, ...]]):
-        """Cross entropy with AR and TAR, and the state for the next window."""
+        """What to train on, with AR and TAR; the cross entropy alone; the state for the next window."""
+        nll, raw, dropped, after = self._run(tokens, targets, state)
+        loss = nll + self.config.ar * dropped.pow(2).mean() + self.config.tar * (raw[1:] - raw[:-1]).pow(2).mean()
+        return loss, nll.detach(), after
+
+    def _run(self, tokens, targets, state):
+        """Cross entropy, the last layer's output before and after its dropout, the state for the next window."""
         config, after = self.config, []
-        x = locked(self._embed(tokens), config.input_dropout)
+        x = self._locked(self._embed(tokens), config.input_dropout)
         for i, (layer, before) in enumerate(zip(self.layers, state, strict=True)):
-            x = locked(x, config.hidden_dropout) if i else x
+            x = self._locked(x, config.hidden_dropout) if i else x
             x, kept = (self._lstm if config.cell == "lstm" else self._qrnn)(layer, x, before, i == 0)
             after.append(tuple(s.detach() for s in kept))
-        dropped = locked(x, config.output_dropout)
+        dropped = self._locked(x, config.output_dropout)
         logits = F.linear(dropped.flatten(0, 1), self.embedding.weight, self.bias)
-        loss = F.cross_entropy(logits, targets.flatten())
-        loss = loss + config.ar * dropped.pow(2).mean() + config.tar * (x[1:] - x[:-1]).pow(2).mean()
-        return loss, after
+        return F.cross_entropy(logits, targets.flatten()), x, dropped, after
+
+    def _locked(self, x: Tensor, p: float) -> Tensor:
+        """One mask [1, B, H] for all steps."""
+        if not (p and self.training):
+            return x
+        return x * x.new_empty(1, *x.shape[1:]).bernoulli_(1 - p).div_(1 - p).expand_as(x)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         weight, p = self.embedding.weight, self.config.embedding_dropout
-        if p:
+        if p and self.training:
             weight = weight.new_empty(len(weight), 1).bernoulli_(1 - p).div_(1 - p) * weight
         return F.embedding(tokens, weight)
 
     def _lstm(self, layer, x, before, first):
-        weight = F.dropout(layer.weight_hh_l0, self.config.weight_dropout)
+        weight = F.dropout(layer.weight_hh_l0, self.config.weight_dropout, self.training)
         return functional_call(layer, {"weight_hh_l0": weight}, (x, before))
 
     def _qrnn(self, layer, x, before, first):
         c, last = before
         source = torch.cat([x, torch.cat([last[None].to(x.dtype), x[:-1]])], 2) if first else x
-        weight = F.dropout(layer.weight, self.config.weight_dropout)
+        weight = F.dropout(layer.weight, self.config.weight_dropout, self.training)
         z, f, o = F.linear(source, weight, layer.bias).chunk(3, 2)
         z, f, o = z.tanh(), f.sigmoid(), o.sigmoid()
         states = []
@@ -74,10 +85,3 @@ class PlainAWD(nn.Module):
             c = new + (1 - write) * c
             states.append(c)
         return o * torch.stack(states), (c, x[-1] if first else last)
-
-
-def locked(x: Tensor, p: float) -> Tensor:
-    """One mask [1, B, H] for all steps."""
-    if not p:
-        return x
-    return x * x.new_empty(1, *x.shape[1:]).bernoulli_(1 - p).div_(1 - p).expand_as(x)

@@ -56,7 +56,7 @@ def work(device, *, recipe, dtype, averaging=False, settings=None, V=10_000, T=7
 
     def rival(tokens, targets):
         with context():
-            loss, after = plain.loss(tokens, targets, state["theirs"])
+            loss, _, after = plain.loss(tokens, targets, state["theirs"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), recipe.clip)
         theirs.step()

@@ -1,0 +1,139 @@
+"""Trains a recipe by the loop of awd-lstm-lm in plain PyTorch: what a run of fastlm must agree with.
+
+    python benchmarks/train_plain.py --data ptb --recipe ptb-lstm-small --out plain.json
+
+The loop follows salesforce/awd-lstm-lm's main.py at 1d466ec line by line: window lengths of NumPy's generator, the
+learning rate of a window in proportion to its length, SGD until the validation loss is worse than the best of all but
+the last `nonmono`, then `torch.optim.ASGD(t0=0, lambd=0)` whose averages are validated. The model is `awd_plain.py`.
+Text, vocabulary and hyper-parameters are those of the recipe, random numbers are PyTorch's and NumPy's own; so the
+curves of both can only agree as two seeds do. Nothing of fastlm but the reading of recipe and text takes part.
+"""
+
+import argparse
+import json
+import math
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from awd_plain import PlainAWD
+from torch import Tensor
+
+from fastlm.data import batchify, load_corpus
+from fastlm.training import load_recipe
+from fastlm.training.recipe import parse_override
+
+
+def train(recipe, corpus, on_epoch, model=None) -> dict[str, float]:
+    """Trains for the epochs of the recipe, or its seconds; returns the validation and test loss of the best weights."""
+    np.random.seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    model = model or PlainAWD(recipe.model_config(len(corpus.vocabulary)))
+    data = batchify(corpus.train, recipe.batch_size)
+    optimizer = _adam(model, recipe) if recipe.optimizer == "adam" else _sgd(model, recipe)
+    best, kept, log, seconds = math.inf, None, [], 0.0
+    for epoch in range(1, recipe.epochs + 1):
+        began = time.perf_counter()
+        train_loss = _epoch(model, data, optimizer, recipe)
+        seconds += time.perf_counter() - began
+        averaging = isinstance(optimizer, torch.optim.ASGD)
+        with _averages(optimizer) if averaging else nullcontext():
+            valid = evaluate(model, corpus.valid, recipe.eval_batch_size, recipe.bptt)
+            if valid < best:
+                best, kept = valid, {name: value.clone() for name, value in model.state_dict().items()}
+        on_epoch({"epoch": epoch, "train_nll": train_loss, "valid_nll": valid, "averaging": averaging})
+        if recipe.optimizer == "nt-asgd" and not averaging:
+            if len(log) > recipe.nonmono and valid > min(log[: len(log) - recipe.nonmono]):
+                optimizer = torch.optim.ASGD(
+                    model.parameters(), lr=recipe.lr, t0=0, lambd=0.0, weight_decay=recipe.weight_decay
+                )
+            log.append(valid)
+        if epoch in recipe.when:
+            optimizer.param_groups[0]["lr"] /= 10.0
+        if 0 < recipe.max_seconds <= seconds:
+            break
+    model.load_state_dict(kept)
+    return {
+        "valid_nll": best,
+        "test_nll": evaluate(model, corpus.test, recipe.test_batch_size, recipe.bptt),
+        "seconds": seconds,
+    }
+
+
+def evaluate(model: PlainAWD, ids: Tensor, columns: int, bptt: int) -> float:
+    """Mean loss in nats over the predicted tokens."""
+    data, total = batchify(ids, columns), 0.0
+    model.eval()
+    state = model.start(columns)
+    with torch.no_grad():
+        for i in range(0, len(data) - 1, bptt):
+            length = min(bptt, len(data) - 1 - i)
+            _, nll, state = model.loss(data[i : i + length], data[i + 1 : i + 1 + length], state)
+            total += length * nll.item()
+    model.train()
+    return total / (len(data) - 1)
+
+
+def _epoch(model, data, optimizer, recipe) -> float:
+    state, total, i = model.start(recipe.batch_size), 0.0, 0
+    while i < len(data) - 2:
+        base = recipe.bptt if np.random.random() < 0.95 else recipe.bptt / 2
+        drawn = max(5, int(np.random.normal(base, 5))) if recipe.variable_bptt else recipe.bptt
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] = rate * drawn / recipe.bptt
+        length = min(drawn, len(data) - 1 - i)
+        optimizer.zero_grad()
+        loss, nll, state = model.loss(data[i : i + length], data[i + 1 : i + 1 + length], state)
+        loss.backward()
+        if recipe.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = rate
+        total += length * nll.item()
+        i += length
+    return total / i
+
+
+def _sgd(model, recipe):
+    return torch.optim.SGD(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def _adam(model, recipe):
+    return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+@contextmanager
+def _averages(optimizer):
+    """The averages in the place of the parameters for the length of the block."""
+    params = optimizer.param_groups[0]["params"]
+    kept = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        torch._foreach_copy_(params, [optimizer.state[p]["ax"] for p in params])
+        yield
+        torch._foreach_copy_(params, kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a recipe by the loop of awd-lstm-lm in plain PyTorch.")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args()
+    recipe = load_recipe(args.recipe, dict(parse_override(text) for text in args.set))
+    corpus = load_corpus(args.data, **recipe.corpus_settings())
+    found = {"recipe": args.recipe, "set": args.set, "torch": torch.__version__, "epochs": []}
+
+    def on_epoch(row):
+        found["epochs"].append(row)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"epoch {row['epoch']} valid ppl {math.exp(row['valid_nll']):.2f}", flush=True)
+
+    found.update(train(recipe, corpus, on_epoch))
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

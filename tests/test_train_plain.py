@@ -1,0 +1,77 @@
+"""The plain program that runs are compared with: the same model, and the loop of awd-lstm-lm."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import PACKAGE_ROOT
+
+from fastlm.data import load_corpus
+from fastlm.models import LanguageModel
+from fastlm.optim import NonMonotone
+from fastlm.training import Trainer, evaluate, load_recipe
+
+sys.path.append(str(PACKAGE_ROOT / "benchmarks"))
+train_plain = pytest.importorskip("train_plain")  # an installed package has no benchmarks
+
+SETTINGS = dict(embedding_size=12, hidden_size=16, batch_size=4, eval_batch_size=2, bptt=12, epochs=6, seed=3)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Sentences that a small model can learn: each word says which comes next, but for the first."""
+    folder = tmp_path_factory.mktemp("text")
+    chooses = torch.Generator().manual_seed(1)
+    for split, lines in [("train", 200), ("valid", 60), ("test", 60)]:
+        starts = torch.randint(6, (lines,), generator=chooses).tolist()
+        text = "".join(" ".join(f"w{(a + i) % 6}" for i in range(5)) + "\n" for a in starts)
+        (folder / f"{split}.txt").write_text(text)
+    return load_corpus(folder, cache_dir=folder / "cache")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "qrnn"])
+def test_evaluation_is_that_of_the_package(corpus, cell):
+    recipe = load_recipe("ptb-lstm-small", {**SETTINGS, "cell": cell})
+    config = recipe.model_config(len(corpus.vocabulary))
+    ours, plain = LanguageModel(config), train_plain.PlainAWD(config)
+    with torch.no_grad():
+        for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+            theirs.copy_(mine)
+    wanted = evaluate(ours, corpus.valid, 2, 12).nll
+    assert train_plain.evaluate(plain, corpus.valid, 2, 12) == pytest.approx(wanted, rel=1e-5)
+    assert plain.training
+
+
+@pytest.mark.parametrize("optimizer", [dict(optimizer="sgd", lr=5.0), dict(optimizer="adam", lr=0.01)])
+def test_both_programs_make_the_same_steps(corpus, tmp_path, optimizer):
+    """From the same weights, with nothing drawn at random."""
+    bare = dict.fromkeys(
+        ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout"), 0
+    )
+    settings = {**SETTINGS, **bare, **optimizer, "variable_bptt": False, "epochs": 3, "when": [1], "ar": 0.5}
+    recipe, rows = load_recipe("ptb-lstm-small", settings), []
+    trainer = Trainer(tmp_path / "run", recipe, corpus)
+    model = train_plain.PlainAWD(recipe.model_config(len(corpus.vocabulary)))
+    with torch.no_grad():
+        for mine, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs)
+    found = train_plain.train(recipe, corpus, rows.append, model)
+    test = trainer.fit()
+    assert test.nll == pytest.approx(found["test_nll"], rel=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ours = [(line["loss"], line["valid_nll"]) for line in lines if line["event"] == "epoch"]
+    assert ours == [pytest.approx((row["train_nll"], row["valid_nll"]), rel=1e-4) for row in rows]
+    assert rows[-1]["valid_nll"] < rows[0]["valid_nll"]
+
+
+def test_averaging_starts_where_the_losses_say(corpus):
+    """At a rate too large to settle: the averages of such steps are far better than the steps."""
+    rows, trigger, switched = [], NonMonotone(1), False
+    train_plain.train(load_recipe("ptb-lstm-small", {**SETTINGS, "lr": 30.0, "nonmono": 1}), corpus, rows.append)
+    for row in rows:
+        assert row["averaging"] == switched
+        switched = switched or trigger.observe(row["valid_nll"])
+    before = [row["valid_nll"] for row in rows if not row["averaging"]]
+    after = [row["valid_nll"] for row in rows if row["averaging"]]
+    assert after and min(after) < min(before)
