@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastlm.data import BPTTLoader, Corpus, batchify
 from fastlm.errors import CheckpointError, FastlmError
-from fastlm.models import LanguageModel, detach_state, map_state
+from fastlm.models import LanguageModel, map_state
 from fastlm.optim import NTASGD, NonMonotone
 from fastlm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastlm.training.evaluate import Evaluation, evaluate
@@ -26,6 +26,7 @@ from fastlm.training.progress import Progress, duration, say
 from fastlm.training.recipe import Recipe
 from fastlm.training.run import RunConfig, check_no_run, check_same_run, create_run, read_run, write_config, write_json
 from fastlm.training.signals import StopRequest
+from fastlm.training.step import TrainStep, make_optimizer
 
 _COUNTERS = ("step", "validated_step", "epoch", "epoch_done", "stopped", "tokens", "seconds")
 
@@ -80,7 +81,8 @@ class Trainer:
         self.model = LanguageModel(recipe.model_config(len(corpus.vocabulary))).to(self.device)
         if not self.ranks.first:
             torch.manual_seed(recipe.seed + self.ranks.rank)
-        self.optimizer = _optimizer(recipe, self.model)
+        self.optimizer = make_optimizer(recipe, self.model)
+        self._make_step = TrainStep(recipe, self.model, self.optimizer, self.ranks)
         self.stopper = NonMonotone(recipe.nonmono) if recipe.optimizer == "asgd" else None
 
         self.step = self.validated_step = self.epoch = self.tokens = 0
@@ -211,24 +213,8 @@ class Trainer:
         self.epoch_done = True
 
     def _train_step(self, inputs: Tensor, targets: Tensor, lr_scale: float) -> Tensor:
-        self.optimizer.zero_grad()
-        if self.hidden is None:
-            self.hidden = self.model.init_state(inputs.shape[1])
-        out = self.model.loss(inputs, targets, self.hidden)
-        out.loss.backward()
-        self.ranks.average([*(p.grad for p in self.model.parameters()), out.nll])
-        clip, averages = self.recipe.clip, isinstance(self.optimizer, NTASGD)
-        # NTASGD is told the scale by itself: under compat it takes that of the window before.
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr() if averages else self._lr() * lr_scale
-        if averages:
-            self.optimizer.step(lr_scale=lr_scale, clip=clip)
-        else:
-            if clip:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip, foreach=True)
-            self.optimizer.step()
-        self.hidden = detach_state(out.state)
-        return out.nll
+        nll, self.hidden = self._make_step(inputs, targets, self.hidden, self._lr(), lr_scale)
+        return nll
 
     def _count(self, nll: Tensor, tokens: int, seconds: float) -> None:
         self.step += 1
@@ -351,15 +337,3 @@ def _fitting(path: str | Path) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         what = " ".join(str(e).split())
         raise CheckpointError(f"{path} does not hold the state of such a run: {type(e).__name__}: {what}") from e
-
-
-def _optimizer(recipe: Recipe, model: LanguageModel) -> torch.optim.Optimizer:
-    lr, weight_decay = recipe.lr, recipe.weight_decay
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=weight_decay)
-    optimizer = NTASGD(model.parameters(), lr, n=recipe.nonmono, weight_decay=weight_decay, lag=recipe.compat or None)
-    if recipe.optimizer == "asgd":
-        optimizer.start_averaging()
-    return optimizer

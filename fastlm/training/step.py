@@ -1,0 +1,68 @@
+"""One training step: the loss of a window, its gradients, their mean over the ranks, clipping, the optimiser."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.models import LanguageModel, State, detach_state
+from fastlm.optim import NTASGD
+from fastlm.training.parallel import Ranks
+from fastlm.training.recipe import Recipe
+
+
+def make_optimizer(recipe: Recipe, model: LanguageModel) -> torch.optim.Optimizer:
+    """The optimiser of a recipe, over all parameters of the model."""
+    lr, weight_decay = recipe.lr, recipe.weight_decay
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = NTASGD(model.parameters(), lr, n=recipe.nonmono, weight_decay=weight_decay, lag=recipe.compat or None)
+    if recipe.optimizer == "asgd":
+        optimizer.start_averaging()
+    return optimizer
+
+
+class TrainStep:
+    """Makes the steps of a run.
+
+    Args:
+        recipe: its hyper-parameters. model: what is trained. optimizer: that of `make_optimizer`.
+        ranks: the processes that train together, each on its own columns.
+    """
+
+    def __init__(self, recipe: Recipe, model: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks):
+        self.recipe, self.model, self.optimizer, self.ranks = recipe, model, optimizer, ranks
+
+    def __call__(
+        self, inputs: Tensor, targets: Tensor, state: State | None, lr: float, lr_scale: float
+    ) -> tuple[Tensor, State]:
+        """Makes a step at `lr_scale` times the rate `lr`.
+
+        Args:
+            inputs, targets: `[T, B]`, the columns of this rank, on the device of the model.
+            state: what the step before returned; None for new streams.
+            lr: the learning rate. lr_scale: the length of the window over the nominal one.
+
+        Returns:
+            The mean cross entropy over the columns of all ranks in nats, 0-d on the device, and the next state.
+        """
+        self.optimizer.zero_grad()
+        out = self.model.loss(inputs, targets, self.model.init_state(inputs.shape[1]) if state is None else state)
+        out.loss.backward()
+        self.ranks.average([*(p.grad for p in self.model.parameters()), out.nll])
+        self._update(lr, lr_scale)
+        return out.nll, detach_state(out.state)
+
+    def _update(self, lr: float, lr_scale: float) -> None:
+        clip, averages = self.recipe.clip, isinstance(self.optimizer, NTASGD)
+        # NTASGD is told the scale by itself: under compat it takes that of the window before.
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr if averages else lr * lr_scale
+        if averages:
+            self.optimizer.step(lr_scale=lr_scale, clip=clip)
+            return
+        if clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip, foreach=True)
+        self.optimizer.step()
