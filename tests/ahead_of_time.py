@@ -148,7 +148,8 @@ def call_dropconnect(dtype: torch.dtype, T: int) -> None:
 
 def call_locked_dropout(dtype: torch.dtype, T: int) -> None:
     for B, H in [(20, 1150), (60, 2500), (3, 399)]:
-        locked_dropout.locked_dropout_fwd(floats(T, B, H, dtype=dtype), 0.4, SEED)
+        for offset in (0, B * H):
+            locked_dropout.locked_dropout_fwd(floats(T, B, H, dtype=dtype), 0.4, SEED, offset)
 
 
 def call_embedding_dropout(dtype: torch.dtype, T: int) -> None:

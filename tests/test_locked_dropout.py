@@ -28,6 +28,29 @@ def test_values_and_gradient(impl, dtype, shape):
         assert torch.equal(out, x.detach() * mask) and torch.equal(x.grad, grad * mask)
 
 
+def _parts_are_those_of_the_whole(x, grad, seed, impl):
+    whole, wanted = (reference(t.detach(), 0.4, seed) for t in (x, grad))
+    for start, stop in [(0, 2), (2, 3), (3, 7), (7, 7)]:
+        part = x[:, start:stop].detach().requires_grad_()
+        out = locked_dropout(part, 0.4, seed, offset=start * x.shape[2], impl=impl)
+        out.backward(grad[:, start:stop])
+        assert torch.equal(out, whole[:, start:stop]) and torch.equal(part.grad, wanted[:, start:stop])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("width", [37, 520, 6], ids=str)  # offsets with each of the generator's alignments
+def test_a_part_of_a_batch_has_the_mask_of_the_whole(impl, width):
+    _parts_are_those_of_the_whole(torch.randn(9, 7, width), torch.randn(9, 7, width), torch.tensor(2**40 + 7), impl)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", testing.impls("locked_dropout", "cuda"))
+def test_cuda_part_of_a_batch_has_the_mask_of_the_whole(impl):
+    for width in (37, 1150, 6):
+        x, grad = (torch.randn(9, 7, width, device="cuda") for _ in range(2))
+        _parts_are_those_of_the_whole(x, grad, torch.tensor(2**40 + 7, device="cuda"), impl)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 20, 1150), (5, 60, 2500)], ids=str)
@@ -76,17 +99,20 @@ def test_float64_and_gradcheck():
     x, seed = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True), torch.tensor(5)
     assert torch.equal(locked_dropout(x, 0.3, seed), reference(x, 0.3, seed))
     for impl in ("auto", "reference"):
-        assert torch.autograd.gradcheck(lambda x, impl=impl: locked_dropout(x, 0.3, seed, impl=impl), x)
+        for offset in (0, 5):
+            args = {"offset": offset, "impl": impl}
+            assert torch.autograd.gradcheck(lambda x, args=args: locked_dropout(x, 0.3, seed, **args), x)
         assert torch.autograd.gradgradcheck(lambda x, impl=impl: locked_dropout(x, 0.3, seed, impl=impl), x)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_second_derivative(impl):
     x, seed = torch.randn(3, 2, 4, requires_grad=True), torch.tensor(5)
-    (grad,) = torch.autograd.grad((locked_dropout(x, 0.3, seed, impl=impl) ** 2).sum(), x, create_graph=True)
+    out = locked_dropout(x, 0.3, seed, offset=3, impl=impl)
+    (grad,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), x)
     ones = torch.ones(3, 2, 4)
-    torch.testing.assert_close(second, 2 * reference(reference(ones, 0.3, seed), 0.3, seed))
+    torch.testing.assert_close(second, 2 * reference(reference(ones, 0.3, seed, 3), 0.3, seed, 3))
 
 
 def test_drawn_seed_is_fresh_and_reproducible():
@@ -100,13 +126,13 @@ def test_drawn_seed_is_fresh_and_reproducible():
 @pytest.mark.parametrize("impl", KERNELS)
 def test_operator_is_well_registered(impl):
     for x in (torch.randn(3, 2, 5), torch.randn(0, 2, 5), torch.randn(2, 5, 3).half().permute(2, 0, 1)):
-        torch.library.opcheck(_lib.kernel("locked_dropout_fwd", impl), (x, 0.3, torch.tensor(3)))
+        torch.library.opcheck(_lib.kernel("locked_dropout_fwd", impl), (x, 0.3, torch.tensor(3), 5))
 
 
 @pytest.mark.parametrize("impl", KERNELS)
 def test_compile_export_and_transforms(impl):
     def loss(x, seed):
-        return (locked_dropout(x, 0.5, seed, impl=impl) ** 2).sum()
+        return (locked_dropout(x, 0.5, seed, offset=x.shape[2], impl=impl) ** 2).sum()
 
     seed = torch.tensor(9)
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -131,6 +157,8 @@ def test_errors():
         locked_dropout(x.long(), 0.5, seed)
     with pytest.raises(ValueError, match=r"p must lie in \[0, 1\], got -0.5"):
         locked_dropout(x, -0.5, seed)
+    with pytest.raises(ValueError, match="offset must be at least 0, got -1"):
+        locked_dropout(x, 0.5, seed, offset=-1)
     with pytest.raises(TypeError, match="seed must be an int64 scalar tensor, got int"):
         locked_dropout(x, 0.5, 3)
     with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference'"):

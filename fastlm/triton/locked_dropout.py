@@ -14,10 +14,10 @@ LOCKED = tl.constexpr(2)  # stream of the mask generator
 STEPS, BLOCK = 8, 512
 
 
-@triton.jit(do_not_specialize=["T", "least"])
+@triton.jit(do_not_specialize=["T", "OFFSET", "least"])
 def _forward(
-    x, out, seed, T, RUNS: tl.int64, least: tl.int64, factor,
-    RUN: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    x, out, seed, T, RUNS: tl.int64, OFFSET: tl.int64, least: tl.int64, factor,
+    RUN: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     count = RUNS * RUN  # so that the compiler knows RUN elements to be aligned
     blocks = tl.cdiv(count, BLOCK)
@@ -25,19 +25,21 @@ def _forward(
     n, t = first + tl.arange(0, BLOCK), step + tl.arange(0, STEPS)
     at, there = (t * count)[:, None] + n[None, :], (t < T)[:, None] & (n < count)[None, :]
     values = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-    mask = tl.where(philox_keep(tl.load(seed), first, least, LOCKED, BLOCK, 4), factor, 0.0)
+    keep = philox_keep(tl.load(seed), OFFSET * LANES + first, least, LOCKED, BLOCK, LANES)
+    mask = tl.where(keep, factor, 0.0)
     mask = mask.to(x.dtype.element_ty).to(tl.float32)[None, :]  # as rounded as x is
     tl.store(out + at, (values * mask).to(out.dtype.element_ty), mask=there)
 
 
-def locked_dropout_fwd(x, p, seed):
+def locked_dropout_fwd(x, p, seed, offset):
     x = x.contiguous()
     out, count = torch.empty_like(x), x.shape[1] * x.shape[2]
-    run = run_length(count)
+    run, lanes = run_length(count), run_length(offset)
+    steps = STEPS if lanes == 4 else STEPS // 2  # one element a block of the generator takes more registers
     launch(
         _forward,
-        cdiv(count, BLOCK) * cdiv(len(x), STEPS),
-        *(x, out, seed, len(x), count // run, threshold(p), scale(p)),
-        **dict(RUN=run, STEPS=STEPS, BLOCK=BLOCK, num_warps=4, fp_fusion=True),
+        cdiv(count, BLOCK) * cdiv(len(x), steps),
+        *(x, out, seed, len(x), count // run, offset // lanes, threshold(p), scale(p)),
+        **dict(RUN=run, LANES=lanes, STEPS=steps, BLOCK=BLOCK, num_warps=4, fp_fusion=True),
     )
     return out
