@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import nn
-from fastlm.models import LanguageModel, LanguageModelConfig, detach_state, map_state
+from fastlm.models import LanguageModel, LanguageModelConfig, detach_state, join_states, map_state, state_columns
+from fastlm.ops import philox
 
 CELLS = ["lstm", "qrnn", "gru"]
 DROPOUTS = ("embedding", "input", "hidden", "output", "weight")
@@ -168,6 +169,29 @@ def test_state_is_explicit(cell):
     model(TOKENS[:, :1])  # another batch size, with nothing to reset
     with pytest.raises(ValueError, match=r"must have shape|must be"):
         make("lstm" if cell == "gru" else cell)(TOKENS[:, :2], make("lstm" if cell == "gru" else cell).init_state(3))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_parts_of_a_batch_under_shared_seeds_are_the_batch(cell):
+    model, seeds = make(cell, window=3), philox.SharedSeeds()
+    state = map_state(torch.randn_like, model.init_state(3))
+
+    def part(columns):
+        with seeds:
+            loss, nll, after = model.loss(
+                TOKENS[:, columns], TARGETS[:, columns], state_columns(state, columns), column=columns.start
+            )
+        loss.backward()
+        grads = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        return loss.detach(), nll, grads, detach_state(after)
+
+    *whole, after = part(slice(0, 3))
+    *parts, states = zip(*(part(slice(i, i + 1)) for i in range(3)), strict=True)
+    close(list(join_states(states)), list(after))
+    loss, nll = (torch.stack(values).mean() for values in parts[:2])
+    grads = [torch.stack(grads).mean(0) for grads in zip(*parts[2], strict=True)]
+    close([loss, nll, *grads], [*whole[:2], *whole[2]])
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,22 @@ def test_seeds_follow_the_default_generator():
     first, second = philox.draw_seed("cpu"), philox.draw_seed("cpu")
     torch.manual_seed(3)
     assert torch.equal(philox.draw_seed("cpu"), first) and not torch.equal(first, second)
+
+
+def test_shared_seeds_are_drawn_once_and_given_in_order():
+    def drawn(count):
+        return [philox.draw_seed("cpu").item() for _ in range(count)]
+
+    torch.manual_seed(3)
+    expected = drawn(4)
+    torch.manual_seed(3)
+    seeds = philox.SharedSeeds()
+    with seeds:
+        assert drawn(2) == expected[:2]
+        with philox.SharedSeeds():  # of its own
+            assert drawn(1) == expected[2:3]
+    with seeds:
+        assert drawn(3) == [*expected[:2], expected[3]]
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(drawn, 1).result()[0] not in expected
+    assert drawn(1)[0] not in expected

@@ -246,9 +246,9 @@ def test_hidden_is_carried_within_an_epoch_and_reset_between(tmp_path, corpus, m
     starts = []
     loss = trainer.model.loss
 
-    def spy(inputs, targets, state):
+    def spy(inputs, targets, state, **options):
         starts.append((trainer.epoch, all((t == 0).all() for layer in state for t in layer if t is not None)))
-        return loss(inputs, targets, state)
+        return loss(inputs, targets, state, **options)
 
     monkeypatch.setattr(trainer.model, "loss", spy)
     trainer.fit()

@@ -8,7 +8,9 @@ from fastlm.models.awd import (
     ScoreOutput,
     State,
     detach_state,
+    join_states,
     map_state,
+    state_columns,
 )
 
 __all__ = [
@@ -19,5 +21,7 @@ __all__ = [
     "ScoreOutput",
     "State",
     "detach_state",
+    "join_states",
     "map_state",
+    "state_columns",
 ]

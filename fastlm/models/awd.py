@@ -7,7 +7,7 @@ embedding when weights are tied. With y_l the raw output of layer l, D_p locked 
     loss = cross entropy + ar mean(hidden^2) + tar mean((raw_{t+1} - raw_t)^2)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,6 +103,16 @@ def detach_state(state: State) -> State:
     return map_state(torch.Tensor.detach, state)
 
 
+def state_columns(state: State, columns: slice) -> State:
+    """The state of some of the streams."""
+    return map_state(lambda t: t[..., columns, :], state)
+
+
+def join_states(states: Sequence[State]) -> State:
+    """The state of all streams, from those of pieces of the batch in their order."""
+    return tree_map(lambda *parts: torch.cat(parts, -2), *states) if len(states) > 1 else states[0]
+
+
 class LanguageModel(torch.nn.Module):
     """A recurrent language model; state in, state out.
 
@@ -167,8 +177,12 @@ class LanguageModel(torch.nn.Module):
                 state.append(tuple(like.new_zeros(1, batch_size, layer.hidden_size) for _ in range(2)))
         return tuple(state)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> ModelOutput:
+    def forward(self, tokens: Tensor, state: State | None = None, *, column: int = 0) -> ModelOutput:
         """Reads the next `[T, B]` tokens of B streams; new streams if there is no state.
+
+        The streams may be a part of a batch, the columns from `column` on: under the same seeds (`philox.SharedSeeds`)
+        all parts drop what the whole batch would drop. Only zoneout, which has a mask for every step, then repeats
+        that of the first column on in each part.
 
         Raises:
             ValueError: `tokens` is not two-dimensional or lies outside the vocabulary (a device assertion on a GPU), or
@@ -179,11 +193,11 @@ class LanguageModel(torch.nn.Module):
         _, batch = _checks.dims("tokens", tokens, "TB")
         _checks.within("tokens", tokens, 0, self.config.vocab_size, "the vocabulary")
         state = self.init_state(batch) if state is None else state
-        x = self.input_dropout(self.encoder(tokens))
+        x = self.input_dropout(self.encoder(tokens), column)
         after = []
         for index, (layer, before) in enumerate(zip(self.layers, state, strict=True)):
             if index:
-                x = self.hidden_dropout(x)
+                x = self.hidden_dropout(x, column)
             if self.config.cell == "gru":
                 if len(before) != 1:
                     raise ValueError(f"state[{index}] must hold one tensor [1, B, H], got {len(before)}")
@@ -193,15 +207,18 @@ class LanguageModel(torch.nn.Module):
             else:
                 x, s = layer(x, before)
                 after.append(s)
-        return ModelOutput(self.output_dropout(x), x, tuple(after))
+        return ModelOutput(self.output_dropout(x, column), x, tuple(after))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every word, `[..., V]`, for `hidden [..., D]`."""
         return _matmul.linear(hidden, self.output_weight, self.decoder_bias)
 
-    def loss(self, tokens: Tensor, targets: Tensor, state: State | None = None) -> LossOutput:
-        """The training loss of the next `[T, B]` tokens, whose next words are `targets [T, B]`."""
-        output = self(tokens, state)
+    def loss(self, tokens: Tensor, targets: Tensor, state: State | None = None, *, column: int = 0) -> LossOutput:
+        """The training loss of the next `[T, B]` tokens, whose next words are `targets [T, B]`.
+
+        Over equal parts of a batch (see `forward`) the mean of their losses is the loss of the batch.
+        """
+        output = self(tokens, state, column=column)
         nll = self._cross_entropy(output.hidden, targets, "mean")
         loss = nll
         if self.config.ar:

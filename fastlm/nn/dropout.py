@@ -32,8 +32,9 @@ class LockedDropout(torch.nn.Module):
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.locked_dropout(x, self.p) if self.training and self.p else x
+    def forward(self, x: Tensor, column: int = 0) -> Tensor:
+        """Drops elements of `[T, B, H]`; `column` is the place of its first row in the batch that it is a part of."""
+        return ops.locked_dropout(x, self.p, offset=column * x.shape[-1]) if self.training and self.p else x
 
 
 class EmbeddingDropout(torch.nn.Module):

@@ -9,6 +9,8 @@ and is kept when that lane is >= floor(p 2^32). A mask depends on the seed, the 
 threads, tiles or the device: `csrc/philox.h` draws the same bits.
 """
 
+import threading
+
 import torch
 
 WEIGHT, ZONEOUT, LOCKED, EMBEDDING = range(4)  # streams: one seed, independent masks
@@ -16,11 +18,46 @@ WEIGHT, ZONEOUT, LOCKED, EMBEDDING = range(4)  # streams: one seed, independent 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+_this_thread = threading.local()
 
 
 def draw_seed(device: torch.device | str) -> torch.Tensor:
-    """Draw a seed from PyTorch's default generator of the device: an int64 scalar tensor, never read by the host."""
+    """Draw a seed from PyTorch's default generator of the device: an int64 scalar tensor, never read by the host.
+
+    Inside a block of `SharedSeeds` it may be one that was drawn before.
+    """
+    shared = getattr(_this_thread, "shared", None)
+    return _draw(device) if shared is None else shared.draw(device)
+
+
+def _draw(device):
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+class SharedSeeds:
+    """Seeds for pieces of one batch, so that its masks are the same in all of them.
+
+    Every `with` block over it is given the same seeds in the same order; the first draws them. Of the thread that
+    enters it.
+    """
+
+    def __init__(self):
+        self._drawn: list[torch.Tensor] = []
+
+    def __enter__(self) -> "SharedSeeds":
+        self._used, self._outer = 0, getattr(_this_thread, "shared", None)
+        _this_thread.shared = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _this_thread.shared = self._outer
+
+    def draw(self, device: torch.device | str) -> torch.Tensor:
+        """The next seed of the block."""
+        if self._used == len(self._drawn):
+            self._drawn.append(_draw(device))
+        self._used += 1
+        return self._drawn[self._used - 1]
 
 
 def philox4x32(counter, key, rounds: int = 10):

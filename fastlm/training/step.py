@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.models import LanguageModel, State, detach_state
+from fastlm.errors import RecipeError
+from fastlm.models import LanguageModel, State, detach_state, join_states, state_columns
+from fastlm.ops import philox
 from fastlm.optim import NTASGD
 from fastlm.training.parallel import Ranks
 from fastlm.training.recipe import Recipe
@@ -29,11 +31,19 @@ class TrainStep:
 
     Args:
         recipe: its hyper-parameters. model: what is trained. optimizer: that of `make_optimizer`.
-        ranks: the processes that train together, each on its own columns.
+        ranks: the processes that train together, each on its own columns of the batch.
+
+    Raises:
+        RecipeError: the columns of a rank cannot be shared out evenly, over the ranks or over `recipe.accumulate`.
     """
 
     def __init__(self, recipe: Recipe, model: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks):
         self.recipe, self.model, self.optimizer, self.ranks = recipe, model, optimizer, ranks
+        columns, pieces = ranks.columns(recipe.batch_size), recipe.accumulate
+        share = columns.stop - columns.start
+        if share % pieces:
+            raise RecipeError(f"accumulate must divide the {share} columns of each rank, got {pieces}")
+        self._first, self._width = columns.start, share // pieces
 
     def __call__(
         self, inputs: Tensor, targets: Tensor, state: State | None, lr: float, lr_scale: float
@@ -49,11 +59,24 @@ class TrainStep:
             The mean cross entropy over the columns of all ranks in nats, 0-d on the device, and the next state.
         """
         self.optimizer.zero_grad()
-        out = self.model.loss(inputs, targets, self.model.init_state(inputs.shape[1]) if state is None else state)
-        out.loss.backward()
-        self.ranks.average([*(p.grad for p in self.model.parameters()), out.nll])
+        nll, state = self._backward(inputs, targets, self.model.init_state(inputs.shape[1]) if state is None else state)
+        self.ranks.average([*(p.grad for p in self.model.parameters()), nll])
         self._update(lr, lr_scale)
-        return out.nll, detach_state(out.state)
+        return nll, state
+
+    def _backward(self, inputs: Tensor, targets: Tensor, state: State) -> tuple[Tensor, State]:
+        """Adds the gradient of the mean loss to those of the parameters, one piece of the columns after the other."""
+        seeds, pieces, nll, states = philox.SharedSeeds(), self.recipe.accumulate, 0.0, []
+        for first in range(0, inputs.shape[1], self._width):
+            own = slice(first, first + self._width)
+            with seeds:
+                out = self.model.loss(
+                    inputs[:, own], targets[:, own], state_columns(state, own), column=self._first + first
+                )
+            (out.loss / pieces).backward()
+            nll = nll + out.nll / pieces
+            states.append(detach_state(out.state))
+        return nll, join_states(states)
 
     def _update(self, lr: float, lr_scale: float) -> None:
         clip, averages = self.recipe.clip, isinstance(self.optimizer, NTASGD)

@@ -48,8 +48,7 @@ class Trainer:
         device: where to train.
         resume: go on with the run that is in the folder, instead of starting one there.
         start: a checkpoint whose weights to start from and whose validation loss to better.
-        ranks: the processes that train it together (see `fastlm.training.parallel`). Their masks are independent: the
-            generators of the others are seeded with the seed of the recipe plus their rank.
+        ranks: the processes that train it together (see `fastlm.training.parallel`).
 
     Raises:
         FastlmError: there is a run in the folder already, or, with `resume`, none that could be gone on with.
@@ -79,8 +78,6 @@ class Trainer:
         )
         torch.manual_seed(recipe.seed)
         self.model = LanguageModel(recipe.model_config(len(corpus.vocabulary))).to(self.device)
-        if not self.ranks.first:
-            torch.manual_seed(recipe.seed + self.ranks.rank)
         self.optimizer = make_optimizer(recipe, self.model)
         self._make_step = TrainStep(recipe, self.model, self.optimizer, self.ranks)
         self.stopper = NonMonotone(recipe.nonmono) if recipe.optimizer == "asgd" else None
