@@ -4,11 +4,13 @@ import pytest
 import torch
 from tiny_run import SMALL
 
+from fastlm.data import Corpus, Vocabulary
 from fastlm.errors import RecipeError
 from fastlm.models import LanguageModel
 from fastlm.training.parallel import Ranks
 from fastlm.training.recipe import make_recipe
 from fastlm.training.step import TrainStep, make_optimizer
+from fastlm.training.trainer import Trainer
 
 WORDS = 30
 
@@ -65,3 +67,42 @@ def test_pieces_must_be_equal():
         make(accumulate=3)
     with pytest.raises(RecipeError, match="accumulate must be at least 1, got 0"):
         make(accumulate=0)
+
+
+def test_bfloat16_is_the_precision_of_the_products_alone():
+    step, dtypes = make(precision="bfloat16"), []
+    step.model.layers[0].register_forward_hook(lambda _, inputs, output: dtypes.append(output[0].dtype))
+    nll, state = run(step)
+    assert set(dtypes) == {torch.bfloat16} and nll.dtype == torch.float32
+    kept = [*step.model.parameters(), *(p.grad for p in step.model.parameters()), *(t for s in state for t in s)]
+    assert {t.dtype for t in kept} == {torch.float32}
+    exact, _ = run(make())
+    assert not torch.equal(nll, exact)
+    torch.testing.assert_close(nll, exact, rtol=0.01, atol=0)
+
+
+@pytest.fixture(scope="module")
+def following():
+    """A text in which four words may follow each, out of thirty: perplexity 4 at best, 30 for what learns nothing."""
+    random = torch.Generator().manual_seed(0)
+    ids = [0]
+    for step in torch.randint(4, (9000,), generator=random).tolist():
+        ids.append((ids[-1] * 7 + step) % WORDS)
+    ids = torch.tensor(ids)
+    vocabulary = Vocabulary(map(str, range(WORDS)))
+    return Corpus("following", "word", vocabulary, ids[:8000], ids[8000:8500], ids[8500:], "following")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "qrnn"])
+def test_bfloat16_reaches_the_perplexity_of_float32(tmp_path, following, cell):
+    changes = {"optimizer": "adam", "lr": 0.02, "embedding_size": 32, "num_layers": 1, "batch_size": 16, "when": [2]}
+    dropouts = dict.fromkeys(("input_dropout", "output_dropout", "weight_dropout"), 0.1)
+    changes |= {**dropouts, "embedding_dropout": 0, "ar": 0.1, "tar": 0.1, "cell": cell, "log_interval": 1000}
+    found = []
+    for precision in ("float32", "bfloat16"):
+        recipe = make_recipe({**SMALL, **changes, "precision": precision})
+        trainer = Trainer(tmp_path / precision, recipe, following)
+        trainer.fit()
+        found.append(trainer.best.ppl)
+    assert found[0] < 6 and found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=0.02)

@@ -79,6 +79,8 @@ class Recipe:
     weight_decay: float = _key(1.2e-6, least=0)
     clip: float = _key(0.25, least=0)
     batch_size: int = _key(80, least=1)
+    # bfloat16: the products of training in 16 bits, by autocast; weights, optimiser, states and evaluation in float32.
+    precision: str = _key("float32", choices=("float32", "bfloat16"))
     accumulate: int = _key(1, least=1)  # pieces of the batch whose gradients are computed one after the other
     bptt: int = _key(70, least=1)
     variable_bptt: bool = _key(True)

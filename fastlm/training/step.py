@@ -43,6 +43,7 @@ class TrainStep:
         share = columns.stop - columns.start
         if share % pieces:
             raise RecipeError(f"accumulate must divide the {share} columns of each rank, got {pieces}")
+        self._bfloat16 = recipe.precision == "bfloat16"
         self._first, self._width = columns.start, share // pieces
 
     def __call__(
@@ -69,7 +70,7 @@ class TrainStep:
         seeds, pieces, nll, states = philox.SharedSeeds(), self.recipe.accumulate, 0.0, []
         for first in range(0, inputs.shape[1], self._width):
             own = slice(first, first + self._width)
-            with seeds:
+            with seeds, torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._bfloat16):
                 out = self.model.loss(
                     inputs[:, own], targets[:, own], state_columns(state, own), column=self._first + first
                 )
