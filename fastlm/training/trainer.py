@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fastlm.data import BPTTLoader, Corpus, batchify
 from fastlm.errors import CheckpointError, FastlmError
 from fastlm.models import LanguageModel, map_state
 from fastlm.optim import NTASGD, NonMonotone
+from fastlm.training.board import Board
 from fastlm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastlm.training.evaluate import Evaluation, evaluate
 from fastlm.training.metrics import MetricsFile, Sums
@@ -118,7 +119,7 @@ class Trainer:
             Interrupted: a signal came; everything has been saved.
             FastlmError: the loss is not a number any more, or a checkpoint cannot be written.
         """
-        with self._stop:
+        with self._stop, closing(Board(self.run_dir / "tensorboard", self.step, self.ranks)) as self._board:
             try:
                 while self.validated_step != self.step or not self._finished():
                     if not self.epoch_done and not self._out_of_time():
@@ -222,7 +223,7 @@ class Trainer:
 
     def _log_interval(self, progress: Progress) -> None:
         figures = self._figures(self._interval)
-        self._metrics.write({"event": "train", **figures})
+        self._write({"event": "train", **figures})
         if not math.isfinite(figures["loss"]):
             raise FastlmError(f"the training loss is {figures['loss']} at step {self.step}: try a lower lr")
         rate = figures["tokens_per_second"]
@@ -246,7 +247,7 @@ class Trainer:
                 self._save_best(valid)
         figures = self._figures(self._epoch)
         scores = {f"valid_{k}": v for k, v in valid.to_dict().items()}
-        self._metrics.write({"event": "epoch", **figures, **scores, "averaging": averaging})
+        self._write({"event": "epoch", **figures, **scores, "averaging": averaging})
         say(
             f"epoch {self.epoch + 1} | step {self.step} | train ppl {figures['ppl']:.2f} | valid loss {valid.nll:.4f} "
             f"| valid ppl {valid.ppl:.2f} | {figures['tokens_per_second']:,.0f} tokens/s | {duration(self.seconds)}"
@@ -302,6 +303,10 @@ class Trainer:
     def _figures(self, sums: Sums) -> dict[str, Any]:
         where = {"step": self.step, "epoch": self.epoch + 1, "lr": self._lr(), "seconds": round(self.seconds, 3)}
         return {**where, **sums.figures()}
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.write(record)
+        self._board.write(record)
 
     def _save_best(self, valid: Evaluation) -> None:
         self.best = valid

@@ -1,0 +1,41 @@
+"""TensorBoard's files of a run: the figures of metrics.jsonl, in RUN/tensorboard, where tensorboard is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from fastlm.training.parallel import Ranks
+
+TAGS = {  # by the event of a line of metrics.jsonl, then by its key
+    "train": {"loss": "train/loss", "ppl": "train/ppl", "lr": "lr", "tokens_per_second": "tokens_per_second"},
+    "epoch": {"ppl": "epoch/train_ppl", "valid_nll": "valid/loss", "valid_ppl": "valid/ppl"},
+}
+
+
+class Board:
+    """Writes scalars for TensorBoard; without the package, and on all ranks but the first, it does nothing.
+
+    Args:
+        folder: for its files. step: steps made so far; what older files there have of later ones is not shown any more.
+        ranks: the processes that train together.
+    """
+
+    def __init__(self, folder: Path, step: int, ranks: Ranks):
+        self._writer = None
+        if ranks.first and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds the figures of a line of metrics.jsonl."""
+        if self._writer is not None:
+            for key, tag in TAGS[record["event"]].items():
+                self._writer.add_scalar(tag, record[key], record["step"])
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._writer is not None:
+            self._writer.close()
