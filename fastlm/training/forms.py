@@ -14,7 +14,7 @@ _WORD = {"word": str, "model": FIGURE, "cache": FIGURE, "mixed": FIGURE, "looked
 FORMS: dict[str, Form] = {
     "results.json": {
         **{"parameters": int, "epochs": int, "steps": int, "seconds": float, "tokens_per_second": float},
-        **{"valid": _SCORE, "test": _SCORE},
+        **{"valid": _SCORE, "test": _SCORE, "ceiling_flops?": float, "share_of_ceiling?": float},
     },
     "cache.json": {
         **{"theta": float, "lambda": float, "window": int},

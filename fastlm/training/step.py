@@ -29,6 +29,9 @@ def make_optimizer(recipe: Recipe, model: LanguageModel) -> torch.optim.Optimize
 class TrainStep:
     """Makes the steps of a run.
 
+    Attributes:
+        dtype: of the products.
+
     Args:
         recipe: its hyper-parameters. model: what is trained. optimizer: that of `make_optimizer`.
         ranks: the processes that train together, each on its own columns of the batch.
@@ -43,7 +46,7 @@ class TrainStep:
         share = columns.stop - columns.start
         if share % pieces:
             raise RecipeError(f"accumulate must divide the {share} columns of each rank, got {pieces}")
-        self._bfloat16 = recipe.precision == "bfloat16"
+        self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         self._first, self._width = columns.start, share // pieces
 
     def __call__(
@@ -70,7 +73,7 @@ class TrainStep:
         seeds, pieces, nll, states = philox.SharedSeeds(), self.recipe.accumulate, 0.0, []
         for first in range(0, inputs.shape[1], self._width):
             own = slice(first, first + self._width)
-            with seeds, torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._bfloat16):
+            with seeds, torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 out = self.model.loss(
                     inputs[:, own], targets[:, own], state_columns(state, own), column=self._first + first
                 )

@@ -28,6 +28,7 @@ from fastlm.training.recipe import Recipe
 from fastlm.training.run import RunConfig, check_no_run, check_same_run, create_run, read_run, write_config, write_json
 from fastlm.training.signals import StopRequest
 from fastlm.training.step import TrainStep, make_optimizer
+from fastlm.training.throughput import find_ceiling
 
 _COUNTERS = ("step", "validated_step", "epoch", "epoch_done", "stopped", "tokens", "seconds")
 
@@ -119,6 +120,7 @@ class Trainer:
             Interrupted: a signal came; everything has been saved.
             FastlmError: the loss is not a number any more, or a checkpoint cannot be written.
         """
+        self._ceiling = find_ceiling(self.model, self.device, self._make_step.dtype, self.ranks)
         with self._stop, closing(Board(self.run_dir / "tensorboard", self.step, self.ranks)) as self._board:
             try:
                 while self.validated_step != self.step or not self._finished():
@@ -248,9 +250,11 @@ class Trainer:
         figures = self._figures(self._epoch)
         scores = {f"valid_{k}": v for k, v in valid.to_dict().items()}
         self._write({"event": "epoch", **figures, **scores, "averaging": averaging})
+        rate = figures["tokens_per_second"]
+        speed = f"{rate:,.0f} tokens/s" + (f", {self._ceiling.words(rate)}" if self._ceiling else "")
         say(
             f"epoch {self.epoch + 1} | step {self.step} | train ppl {figures['ppl']:.2f} | valid loss {valid.nll:.4f} "
-            f"| valid ppl {valid.ppl:.2f} | {figures['tokens_per_second']:,.0f} tokens/s | {duration(self.seconds)}"
+            f"| valid ppl {valid.ppl:.2f} | {speed} | {duration(self.seconds)}"
         )
         self.validated_step = self.step
         if self.epoch_done:
@@ -279,6 +283,7 @@ class Trainer:
             "steps": self.step,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
+            **(self._ceiling.to_dict(self.tokens / self.seconds) if self._ceiling else {}),
             "valid": Evaluation(**state["valid"]).to_dict(),
             "test": test.to_dict(),
         }
