@@ -3,7 +3,8 @@
 from fastlm.nn.cache import CacheRing, CacheState, CacheTuning, NeuralCache
 from fastlm.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
 from fastlm.nn.lstm import LSTM
-from fastlm.nn.qrnn import QRNN, QRNNLayer, QRNNState
+from fastlm.nn.qrnn import QRNN
+from fastlm.nn.qrnn_layer import QRNNLayer, QRNNState
 from fastlm.nn.softmax import LinearCrossEntropyLoss
 
 __all__ = [
