@@ -3,7 +3,8 @@
 from fastlm.nn.cache import CacheRing, CacheState, CacheTuning, NeuralCache
 from fastlm.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
 from fastlm.nn.lstm import LSTM
-from fastlm.nn.qrnn import QRNN
+from fastlm.nn.qrnn import QRNN, QRNNEncoding
+from fastlm.nn.qrnn_decoder import QRNNDecoder
 from fastlm.nn.qrnn_layer import QRNNLayer, QRNNState
 from fastlm.nn.softmax import LinearCrossEntropyLoss
 
@@ -17,6 +18,8 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LockedDropout",
     "NeuralCache",
+    "QRNNDecoder",
+    "QRNNEncoding",
     "QRNNLayer",
     "QRNNState",
     "WeightDrop",

@@ -1,6 +1,7 @@
 """Stacks of QRNN layers: torchqrnn's, and the paper's with dense connections, in both directions, for a decoder."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,21 @@ from torch import Tensor
 
 from fastlm.nn.qrnn_layer import QRNNLayer, QRNNState, refuse_packed
 from fastlm.ops import _checks
+
+
+class QRNNEncoding(NamedTuple):
+    """What a decoder reads of a source.
+
+    Attributes:
+        output: `[S, B, H]` whatever `batch_first`, what the last layer gives; H is twice as large in both directions.
+        last: one `[B, H]` for each layer, what it gives at the last step that it reads and that counts; zeros where
+            none does.
+        lengths: `[B]`, how many steps of each row count; all if None.
+    """
+
+    output: Tensor
+    last: tuple[Tensor, ...]
+    lengths: Tensor | Sequence[int] | None = None
 
 
 class QRNN(torch.nn.Module):
@@ -83,6 +99,19 @@ class QRNN(torch.nn.Module):
         Raises:
             ValueError: a shape or a length does not fit. TypeError: a dtype or device does not fit.
         """
+        y, states = self._run(input, hidden, lengths)
+        return (y.transpose(0, 1) if self.batch_first else y), states
+
+    def encode(self, input: Tensor, lengths: Tensor | Sequence[int] | None = None) -> QRNNEncoding:
+        """Runs the stack over whole sources, for `QRNNDecoder`.
+
+        Args, Raises: as `forward`.
+        """
+        last = []
+        return QRNNEncoding(self._run(input, None, lengths, last)[0], tuple(last), lengths)
+
+    def _run(self, input, hidden, lengths, last=None):
+        """The output, time-major, and the states; puts what `QRNNEncoding` has of each layer into the list `last`."""
         refuse_packed(input)
         x = input.transpose(0, 1) if self.batch_first else input
         directions = [self.layers, self.layers_reverse] if self.bidirectional else [self.layers]
@@ -91,13 +120,27 @@ class QRNN(torch.nn.Module):
             raise ValueError(f"hidden must have {wanted} states, got {len(hidden)}")
         states = []
         for index in range(self.num_layers):
-            outputs = []
+            outputs, ends = [], []
             for layers in directions:
                 h, state = layers[index](x, None if hidden is None else hidden[len(states)], lengths)
                 outputs.append(h)
                 states.append(state)
+                if last is not None:
+                    ends.append(_at_end(h, lengths, layers[index].reverse))
             y = torch.cat(outputs, -1) if self.bidirectional else h
+            if last is not None:
+                last.append(torch.cat(ends, -1))
             if index < self.num_layers - 1:
                 y = F.dropout(y, self.dropout, self.training)
                 x = torch.cat([x, y], -1) if self.dense else y
-        return (y.transpose(0, 1) if self.batch_first else y), tuple(states)
+        return y, tuple(states)
+
+
+def _at_end(h, lengths, reverse):
+    """`[B, H]`, what is given at the last step that counts, in the order of reading."""
+    if not len(h):
+        return h.new_zeros(h.shape[1:])
+    if reverse or lengths is None:
+        return h[0 if reverse else -1]
+    index = torch.as_tensor(lengths, device=h.device).long().sub(1).clamp(min=0)  # without steps h[0] is zeros
+    return h.gather(0, index.view(1, -1, 1).expand(1, -1, h.size(-1))).squeeze(0)

@@ -118,11 +118,15 @@ class QRNNLayer(torch.nn.Module):
         Raises:
             ValueError: a shape or a length does not fit. TypeError: a dtype or device does not fit.
         """
+        return self._run(input, hidden, lengths, self._pool)
+
+    def _run(self, input, hidden, lengths, pool, shift=None):
+        """`forward` by `pool`, with `shift [B, *]` added to the gates of every step."""
         refuse_packed(input)
         if input.dim() != 3 or input.size(-1) != self.input_size:
             raise ValueError(f"input must have shape [T, B, {self.input_size}], got {list(input.shape)}")
         c, previous = self._unpack(hidden, input)
-        valid = None if lengths is None else self._valid(lengths, input)
+        valid = None if lengths is None else counting_steps("lengths", lengths, input)
         if valid is not None:
             input = input.masked_fill(~valid.unsqueeze(-1), 0.0)
         if self.reverse:
@@ -130,13 +134,18 @@ class QRNNLayer(torch.nn.Module):
         # [window - 1 + T, B, I]
         history = input if self.window == 1 else torch.cat([previous.to(input.dtype), input])
         gates = _matmul.linear(self._windows(history), self._weight(), self.linear.bias)
+        if shift is not None:
+            gates = gates + shift
         if valid is not None:
             gates = self._close(gates, valid)
-        h, c = ops.qrnn_pool(gates, c, pooling=self.pooling, zoneout=self.zoneout, training=self.training)
+        h, c = pool(gates, c)
         if valid is not None:
             h = h.masked_fill(~valid.unsqueeze(-1), 0.0)  # a product would keep NaN
         state = QRNNState(c, self._last(history, valid).to(previous.dtype))
         return (_flip(h, valid) if self.reverse else h), state
+
+    def _pool(self, gates, c):
+        return ops.qrnn_pool(gates, c, pooling=self.pooling, zoneout=self.zoneout, training=self.training)
 
     def _unpack(self, hidden, input):
         batch = input.size(1)
@@ -149,18 +158,6 @@ class QRNNLayer(torch.nn.Module):
         _checks.shape("hidden.c", c, B=batch, H=self.hidden_size)
         _checks.shape("hidden.x", x, **{"window - 1": self.window - 1, "B": batch, "I": self.input_size})
         return c, x
-
-    @staticmethod
-    def _valid(lengths, input):
-        """`[T, B]`, True where a step counts."""
-        T, B, _ = input.shape
-        lengths = torch.as_tensor(lengths)
-        if B:  # an empty list has the dtype of floating-point numbers
-            _checks.ids("lengths", lengths)
-        _checks.shape("lengths", lengths, B=B)
-        if lengths.device.type == "cpu" and B and not 0 <= lengths.min() <= lengths.max() <= T:
-            raise ValueError(f"lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
-        return torch.arange(T, device=input.device).unsqueeze(1) < lengths.to(input.device)
 
     def _weight(self):
         if self.training and self.weight_dropout:
@@ -201,3 +198,16 @@ def _flip(x, valid):
     steps = torch.arange(x.size(0), device=x.device).unsqueeze(1)
     index = torch.where(valid, valid.sum(0) - 1 - steps, steps)
     return x.gather(0, index.unsqueeze(-1).expand_as(x))
+
+
+def counting_steps(name: str, lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
+    """`[T, B]`, True where a step of `x [T, B, *]` counts by `lengths`; raises where they do not fit, under `name`."""
+    T, B = x.shape[:2]
+    lengths = torch.as_tensor(lengths)
+    if B:  # an empty list has the dtype of floating-point numbers
+        _checks.ids(name, lengths)
+    _checks.shape(name, lengths, B=B)
+    readable = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and B and not 0 <= lengths.min() <= lengths.max() <= T:
+        raise ValueError(f"{name} must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
+    return torch.arange(T, device=x.device).unsqueeze(1) < lengths.to(x.device)
