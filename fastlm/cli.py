@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     train = command("train", "train a model by a recipe")
-    train.add_argument("--data", help='folder with train.txt, valid.txt, test.txt, or "stdlib"')
+    data = 'folder with train.txt, valid.txt, test.txt; at the byte level also one file, as enwik8; or "stdlib"'
+    train.add_argument("--data", help=data)
     train.add_argument("--recipe", help="name of a packaged recipe or path of a TOML file")
     train.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
     train.add_argument("--resume", action="store_true", help="go on with the run in that folder")

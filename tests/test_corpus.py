@@ -2,6 +2,7 @@ import math
 import os
 import re
 import resource
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,62 @@ def test_penn_treebank(each_encoder):
 def test_penn_treebank_by_characters():
     corpus = load_corpus(PTB, level="char")
     assert [len(getattr(corpus, split)) for split in TEXTS] == [5_017_482, 393_042, 442_423]
-    assert len(corpus.vocabulary) == 50
+    # As the published set has it: 49 characters, the space among them, and the end of a line.
+    assert len(corpus.vocabulary) == 50 and {" ", EOS, "<", "N", "#"} < set(corpus.vocabulary.words)
+
+
+# ---- One file -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def enwik8(tmp_path):
+    """A file of more than ten million bytes, of which no two pieces are alike, and its contents."""
+    contents = (torch.arange(10_000_123) % 65_521 % 251).to(torch.uint8).numpy().tobytes()
+    (tmp_path / "enwik8").write_bytes(contents)
+    return tmp_path / "enwik8", contents
+
+
+def test_one_file_is_split_as_enwik8_is(enwik8, cache_dir):
+    path, contents = enwik8
+    corpus = load_corpus(path, level="byte")
+    assert (corpus.name, len(corpus.vocabulary), corpus.train.dtype) == ("enwik8", 256, torch.int64)
+    pieces = {"train": contents[:-10_000_000], "valid": contents[-10_000_000:-5_000_000], "test": contents[-5_000_000:]}
+    for split, piece in pieces.items():
+        assert torch.equal(getattr(corpus, split), torch.frombuffer(bytearray(piece), dtype=torch.uint8).long())
+    assert len(corpus.train) == 123 and corpus.vocabulary.counts[10] == 1
+    (copy,) = cache_dir.iterdir()
+    assert copy.stat().st_size < 1.01 * len(contents)  # a byte for a byte
+    assert same(load_corpus(path, level="byte"), corpus)
+
+
+def test_the_archive_is_the_file_in_it(enwik8):
+    path, archive = enwik8[0], Path(f"{enwik8[0]}.zip")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.write(path, "enwik8")
+    plain, inside = load_corpus(path, level="byte"), load_corpus(archive, level="byte")
+    assert inside.digest == plain.digest and torch.equal(inside.valid, plain.valid)
+    fails(archive, r"enwik8\.zip: one file is a corpus at the byte level alone", level="char")
+    damaged = bytearray(archive.read_bytes())
+    damaged[100] ^= 0xFF
+    archive.write_bytes(damaged)
+    fails(archive, r"enwik8\.zip: the archive cannot be read: ", level="byte")
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a", "a")
+        file.writestr("b", "b")
+    fails(archive, r"enwik8\.zip: the archive must hold one file, it has 2", level="byte")
+
+
+@pytest.mark.parametrize("size", [1, 10_000_000])
+def test_one_file_that_is_too_short_to_split(tmp_path, size):
+    (tmp_path / "enwik8").write_bytes(b"a" * size)
+    fails(tmp_path / "enwik8", rf"enwik8: a corpus of one file needs more than its {size:,} bytes", level="byte")
+
+
+def test_one_file_with_nothing_in_it(tmp_path):
+    (tmp_path / "enwik8").write_bytes(b"")
+    fails(tmp_path / "enwik8", "enwik8: the file is empty", level="byte")
+    (tmp_path / "enwik8").write_bytes(b"a" * 10_000_001)
+    fails(tmp_path / "enwik8", "enwik8: nothing to learn from a vocabulary of 1 bytes", level="byte")
 
 
 # ---- Another text in a given vocabulary -----------------------------------------------------------------
@@ -181,8 +237,9 @@ def test_a_missing_folder(tmp_path):
     fails(tmp_path / "nowhere", r"nowhere: No such file or directory \(a corpus is a folder with train\.txt")
 
 
-def test_a_file_in_the_place_of_the_folder(write):
-    fails(write() / "train.txt", r"corpus/train\.txt: Not a directory \(a corpus is")
+@pytest.mark.parametrize("level", ["word", "char"])
+def test_a_file_in_the_place_of_the_folder(write, level):
+    fails(write() / "train.txt", r"corpus/train\.txt: one file is a corpus at the byte level alone", level=level)
 
 
 def test_a_folder_in_the_place_of_a_file(write):

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastlm.data.vocabulary import Vocabulary
 
-Encoded = tuple[Vocabulary, dict[str, np.ndarray]]  # the ids of each split, int32 [N]
+Encoded = tuple[Vocabulary, dict[str, np.ndarray]]  # the ids of each split [N], int32, of bytes uint8
 
 
 def folder(given: str | Path | None) -> Path:

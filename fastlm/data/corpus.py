@@ -9,6 +9,8 @@ import hashlib
 import json
 import mmap
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ from fastlm.data.vocabulary import EOS, UNK, Vocabulary, check_level
 from fastlm.errors import DataError
 
 SPLITS = ("train", "valid", "test")
+FILES = "train.txt, valid.txt and test.txt"
+HELD_OUT = 5_000_000  # bytes of one file that validation has, and as many the test, as of enwik8
 CACHE_FORMAT = 1  # goes into every digest: with another number, every corpus is encoded anew
 
 
@@ -30,7 +34,7 @@ class Corpus:
     """Three texts as ids.
 
     Attributes:
-        name: of the folder, or `"stdlib"`. level: `"word"`, `"char"` or `"byte"`.
+        name: of the folder or the file, or `"stdlib"`. level: `"word"`, `"char"` or `"byte"`.
         vocabulary: its counts are those of the training text.
         train, valid, test: int64 `[N]`.
         digest: SHA-256 of the contents and the settings, hexadecimal.
@@ -63,7 +67,9 @@ def load_corpus(
 
     Args:
         source: a folder with `train.txt`, `valid.txt` and `test.txt`, in UTF-8 (at the byte level: any bytes), or
-            the name `"stdlib"`: the documentation of the Python that runs (`fastlm.data.stdlib`).
+            the name `"stdlib"`: the documentation of the Python that runs (`fastlm.data.stdlib`). At the byte level
+            also one file, as `enwik8` or the `enwik8.zip` that holds it: as in awd-lstm-lm the last 5,000,000 bytes
+            are the test, the 5,000,000 before them validation.
         level: `"word"`, `"char"` or `"byte"`; `fastlm.data.vocabulary` says what a token is.
         compat: None takes the vocabulary from the training text, most frequent first, and reads what only the
             other texts have as `<unk>`. `"awd-lstm-lm"` takes it from all three texts, in order of first
@@ -74,8 +80,8 @@ def load_corpus(
             `~/.cache/fastlm`. A damaged copy is made anew; one that cannot be written is done without.
 
     Raises:
-        DataError: a split or the folder is missing, unreadable, empty or not UTF-8, or the training text has fewer
-            than two different words beside `<eos>` and `<unk>`.
+        DataError: a split or the folder is missing, unreadable, empty or not UTF-8, the training text has fewer
+            than two different words beside `<eos>` and `<unk>`, or one file is not of the byte level or too short.
         ValueError: an unknown level or compat, or a setting out of range.
     """
     check_level(level)
@@ -91,12 +97,12 @@ def load_corpus(
     if min_count is None:
         min_count = stdlib.MIN_COUNT if embedded and level == "word" else 1
     folder = Path(source)
+    alone = os.path.isfile(folder)  # Path.is_file raises where the folder above may not be looked into
     with contextlib.ExitStack() as stack:
         if embedded:
             contents = stdlib.digest()
         else:
-            _check_folder(folder)
-            texts = {split: stack.enter_context(_mapped(folder / f"{split}.txt")) for split in SPLITS}
+            texts = _cut(folder, level, stack) if alone else _three_files(folder, stack)
             contents = [hashlib.sha256(text).hexdigest() for text in texts.values()]
         settings = [CACHE_FORMAT, level, compat, min_count, max_size, contents]
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -106,7 +112,8 @@ def load_corpus(
         if encoded is None:
             if embedded:
                 texts = stdlib.texts()
-            encoded = _encode(texts, folder, level, compat, min_count, max_size)
+            paths = {split: folder if alone else folder / f"{split}.txt" for split in SPLITS}
+            encoded = _encode(texts, paths, level, compat, min_count, max_size)
             cache.write(path, encoded)
     vocabulary, ids = encoded
     return Corpus(name, level, vocabulary, *(torch.from_numpy(ids[split]).long() for split in SPLITS), digest=digest)
@@ -132,15 +139,15 @@ def encode_file(path: str | Path, vocabulary: Vocabulary) -> torch.Tensor:
     return torch.from_numpy(_renumber(ids, mapping)).long()
 
 
-def _encode(texts, folder: Path, level: str, compat: str | None, min_count: int, max_size: int | None) -> cache.Encoded:
+def _encode(texts, paths, level: str, compat: str | None, min_count: int, max_size: int | None) -> cache.Encoded:
     words, ids = {}, {}
     for split in SPLITS:
-        words[split], ids[split] = _tokens(texts[split], folder / f"{split}.txt", level)
+        words[split], ids[split] = _tokens(texts[split], paths[split], level)
     train = words["train"]
     counts = _count(ids["train"], len(train)).tolist()
     learnable = sum(count > 0 and word not in (EOS, UNK) for word, count in zip(train, counts, strict=True))
     if learnable < 2:
-        raise DataError(f"{folder / 'train.txt'}: nothing to learn from a vocabulary of {learnable} {level}s")
+        raise DataError(f"{paths['train']}: nothing to learn from a vocabulary of {learnable} {level}s")
     if level == "byte":
         vocabulary = Vocabulary.of_bytes(counts)
     elif compat is not None:
@@ -155,7 +162,7 @@ def _encode(texts, folder: Path, level: str, compat: str | None, min_count: int,
 
 def _tokens(text, path: Path, level: str) -> tuple[list[str], np.ndarray]:
     if level == "byte":
-        return Vocabulary.of_bytes().words, np.frombuffer(text, np.uint8).astype(np.int32)
+        return Vocabulary.of_bytes().words, np.frombuffer(text, np.uint8).copy()
     try:
         return encode_text(text, level)
     except ValueError as error:
@@ -178,15 +185,40 @@ def _renumber(ids: np.ndarray, mapping: np.ndarray) -> np.ndarray:
     return ids
 
 
-def _check_folder(folder: Path) -> None:
+def _three_files(folder: Path, stack: contextlib.ExitStack) -> dict[str, mmap.mmap]:
     try:
         present = os.listdir(folder)
     except OSError as error:
-        what = f"a corpus is a folder with train.txt, valid.txt and test.txt, or the name {stdlib.NAME!r}"
+        what = f"a corpus is a folder with {FILES}, at the byte level also one file, or the name {stdlib.NAME!r}"
         raise DataError(f"{folder}: {error.strerror} ({what})") from None
     missing = [f"{split}.txt" for split in SPLITS if f"{split}.txt" not in present]
     if missing:
         raise DataError(f"{folder}: no {', '.join(missing)}")
+    return {split: stack.enter_context(_mapped(folder / f"{split}.txt")) for split in SPLITS}
+
+
+def _cut(path: Path, level: str, stack: contextlib.ExitStack) -> dict[str, memoryview]:
+    if level != "byte":
+        raise DataError(f"{path}: one file is a corpus at the byte level alone; else it is a folder with {FILES}")
+    text = _unzipped(path) if zipfile.is_zipfile(path) else stack.enter_context(_mapped(path))
+    whole, train = stack.enter_context(memoryview(text)), len(text) - 2 * HELD_OUT
+    if train <= 0:
+        what = f"the last {HELD_OUT:,} are for the test, the {HELD_OUT:,} before for validation, and none are left"
+        raise DataError(f"{path}: a corpus of one file needs more than its {len(text):,} bytes: {what}")
+    ends = {"train": (0, train), "valid": (train, train + HELD_OUT), "test": (train + HELD_OUT, len(text))}
+    return {split: stack.enter_context(whole[start:stop]) for split, (start, stop) in ends.items()}
+
+
+def _unzipped(path: Path) -> bytes:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if len(names) != 1:
+                raise DataError(f"{path}: the archive must hold one file, it has {len(names)}")
+            return archive.read(names[0])
+    # A RuntimeError is a password or a method of compression that is not there.
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: the archive cannot be read: {error}") from None
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ def _check_out(args: Namespace) -> None:
 
 
 def _source(data: str | None) -> str | None:
-    """What to write down as the source of a text: a folder by its full path, so that it is found from anywhere."""
+    """What to write down as the source of a text: its full path, so that it is found from anywhere."""
     return data if data in (None, demonstration.SOURCE) else str(Path(data).resolve())
 
 
