@@ -1,4 +1,4 @@
-"""The command `fastlm`: train, finetune, eval, cache, generate, demo, bench, info.
+"""The command `fastlm`: recipes, train, finetune, eval, cache, generate, demo, bench, info.
 
 What a command prints goes to stdout and its progress to stderr. With `--json` the last line of stdout is one JSON
 object, in which a figure that is not finite is null. A problem with what the user gave is one line on stderr and exit
@@ -81,12 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastlm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, text: str, function: str | None = None) -> argparse.ArgumentParser:
+    def command(name: str, text: str, function: str | None = None, device: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(function=function or name)
         sub.add_argument("--json", action="store_true", help="print one JSON object, last on stdout")
-        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default) takes CUDA where it is")
+        if device:
+            where = "cpu, cuda, cuda:1; auto (default) takes CUDA where it is"
+            sub.add_argument("--device", default="auto", help=where)
         return sub
+
+    command("recipes", "list the packaged recipes with the published figures: valid / test of each stage", device=False)
 
     train = command("train", "train a model by a recipe")
     data = 'folder with train.txt, valid.txt, test.txt; at the byte level also one file, as enwik8; or "stdlib"'
@@ -94,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", help="name of a packaged recipe or path of a TOML file")
     train.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
     train.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    train.add_argument(
+        "--when", nargs="+", type=_whole(1), metavar="EPOCH", help="epochs after which the rate is divided by 10"
+    )
     _add_set(train)
 
     finetune = command("finetune", "go on from the best weights of a run with averaged SGD, in RUN/finetune")

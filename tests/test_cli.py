@@ -10,6 +10,7 @@ from tiny_run import SMALL, write_text
 
 from fastlm import cli
 from fastlm.training import commands, demo
+from fastlm.training.run import read_run
 
 SETTINGS = [f"--set={key}={value}" for key, value in {**SMALL, "epochs": 2}.items()]
 
@@ -98,6 +99,23 @@ def test_finetune_is_a_run_of_its_own_and_tested(run, capsys):
     assert last_json(capsys)["nll"] == result["test"]["nll"]
     assert cli.main(["finetune", "--run", str(run), "--resume", "--json"]) == 0
     assert last_json(capsys)["test"] == result["test"]
+
+
+def test_finetuning_follows_the_table_of_the_recipe(text, tmp_path, capsys):
+    path, out = tmp_path / "r.toml", tmp_path / "run"
+    keys = "\n".join(f"{k} = {v}" for k, v in {**SMALL, "epochs": 1}.items())
+    path.write_text(f"{keys}\n[finetune]\nseed = 7\nepochs = 3\n")
+    train = ["train", "--data", str(text), "--recipe", str(path), "--out", str(out)]
+    assert cli.main([*train, "--set", "finetune.epochs=2", "--when", "1", "2", "--set", "optimizer=sgd"]) == 0
+    config = read_run(out)
+    assert (config.finetune, config.recipe.when) == ({"seed": 7, "epochs": 2}, (1, 2))
+    assert cli.main(["train", "--out", str(out), "--resume", "--set", "finetune.lr=4.5"]) == 0
+    assert read_run(out).finetune == {"seed": 7, "epochs": 2, "lr": 4.5}
+    assert cli.main(["finetune", "--run", str(out), "--set", "seed=8"]) == 0
+    recipe = read_run(out / "finetune").recipe
+    assert (recipe.seed, recipe.epochs, recipe.lr, recipe.optimizer) == (8, 2, 4.5, "asgd")
+    capsys.readouterr()
+    assert "[finetune]: lr" in fails(capsys, "train", "--out", out, "--resume", "--set", "finetune.lr=0")
 
 
 def test_resume_goes_on_with_more_epochs(run, capsys):

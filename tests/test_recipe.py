@@ -1,12 +1,28 @@
 import dataclasses
+import json
 
 import pytest
 from tiny_run import SMALL
 
 from fastlm.cli import main
 from fastlm.errors import FastlmError, RecipeError
-from fastlm.training.recipe import Recipe, load_recipe, make_recipe, parse_override, recipe_names
+from fastlm.models import LanguageModel
+from fastlm.training.recipe import Recipe, load_recipe, make_recipe, parse_override, read_recipe, recipe_names
 from fastlm.training.run import read_run, run_corpus
+
+# Words, bytes or characters of the text, published parameters, how near to them the recipe is.
+PARAMETERS = {
+    "ptb-lstm": (10_000, 24_221_600, 0),
+    "ptb-qrnn": (10_000, 24_020_150, 0),
+    "wt2-lstm": (33_278, 33_556_078, 0),
+    "wt2-qrnn": (33_278, 33_354_628, 0),
+    "enwik8-lstm": (205, 47_270_045, 0),
+    "enwik8-qrnn": (205, 26_000_000, 0.001),
+    "ptbc-lstm": (51, 13_787_851, 0),
+    "ptbc-qrnn": (51, 13_800_000, 0.05),  # how its parameters were spent is not published
+}
+OURS = {"ptb-lstm-small", "demo-lstm", "demo-qrnn"}
+FIGURES = "[published]\nvocab_size = 1\nparameters = 1\n"
 
 
 def write(tmp_path, text):
@@ -23,8 +39,53 @@ def test_packaged_recipes_load_and_make_a_model_config(name):
 
 
 def test_packaged_recipes_are_the_promised_ones():
-    wanted = {"ptb-lstm", "ptb-qrnn", "wt2-lstm", "wt2-qrnn", "ptb-lstm-small", "demo-lstm", "demo-qrnn"}
-    assert set(recipe_names()) == wanted
+    assert {name for name in recipe_names() if read_recipe(name).published} == set(PARAMETERS)
+    assert {name for name in recipe_names() if not read_recipe(name).published} == OURS
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_models_have_their_parameters(name):
+    file = read_recipe(name)
+    vocab_size, parameters, tolerance = PARAMETERS[name]
+    model = LanguageModel(file.recipe.model_config(vocab_size), device="meta")
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=tolerance, abs=0)
+    assert (file.published.vocab_size, file.published.parameters) == (vocab_size, parameters)
+
+
+def test_published_figures():
+    ptb, enwik8 = read_recipe("ptb-qrnn").published, read_recipe("enwik8-lstm").published
+    figures = [ptb.figures(stage) for stage in ("base", "finetuned", "cached")]
+    assert [tuple(f.values()) for f in figures] == [(60.6, 58.3), (59.1, 56.7), (53.4, 52.6)]
+    assert (enwik8.unit, enwik8.figures("base")) == ("bpc", {"valid": None, "test": 1.232})
+    assert read_recipe("ptb-lstm").published.ablation["weight-dropout"] == (71.1, 68.9)
+
+
+def test_published_finetuning():
+    assert read_recipe("ptb-qrnn").finetune == {"seed": 404, "epochs": 300}
+    assert [read_recipe(name).finetune for name in ("ptb-lstm", "wt2-lstm", "wt2-qrnn")] == [{}] * 3
+    assert all(read_recipe(name).finetune is None for name in PARAMETERS if name[:2] not in ("pt", "wt"))
+    assert read_recipe("ptbc-lstm").finetune is None
+
+
+def test_keys_of_the_finetuning_can_be_set():
+    file = read_recipe("ptb-qrnn", {"epochs": 2, "finetune.epochs": 3})
+    assert file.recipe.epochs == 2 and file.finetune == {"seed": 404, "epochs": 3}
+    assert read_recipe("ptb-lstm-small", {"finetune.lr": 5}).finetune == {"lr": 5}
+    assert read_recipe("ptb-lstm", {"optimizer": "adam", "lr": 1e-3}).finetune == {}
+    with pytest.raises(RecipeError, match="finetune.*unknown key 'epoch'"):
+        read_recipe("ptb-lstm", {"finetune.epoch": 3})
+
+
+def test_the_list_of_recipes(capsys):
+    assert main(["recipes", "--json"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = {row["name"]: row for row in json.loads(last)["recipes"]}
+    assert list(rows) == recipe_names() == [line.split()[0] for line in lines[1:]]
+    assert rows["ptb-lstm"]["cached"] == {"valid": 53.2, "test": 52.5}
+    assert rows["enwik8-qrnn"]["base"] == {"valid": None, "test": 1.336}
+    assert rows["ptb-lstm-small"]["source"] == "ours" and rows["ptb-lstm-small"]["base"] is None
+    [line] = [line for line in lines if line.startswith("ptb-qrnn ")]
+    assert "60.6 / 58.3  59.1 / 56.7  53.4 / 52.6" in line and "24.0M" in line
 
 
 def test_published_hyper_parameters():
@@ -96,7 +157,16 @@ def test_the_default_count_is_left_to_the_corpus():
         ("when = 3", "when must be a list"),
         ("when = [0]", "when must be at least 1"),
         ("when = [3]", "'when' goes with optimizer sgd or adam"),
-        ("[model]\nlr = 1", "unknown key 'model'"),
+        ("[finetune]\nlr = 0", r"\[finetune\]: lr must be greater than 0"),
+        ("[finetune]\nepoch = 3", r"\[finetune\]: unknown key 'epoch'; the nearest valid one is 'epochs'"),
+        ("[finetun]\nepochs = 3", "unknown table 'finetun'; the nearest valid one is 'finetune'"),
+        ("[published]\nbase_tset = 1", r"\[published\]: unknown key 'base_tset'; the nearest valid one is 'base_test'"),
+        ("[published]\nparameters = 1", r"\[published\]: vocab_size must be at least 1, got 0"),
+        (FIGURES + 'unit = "bits"', "unit must be one of 'ppl', 'bpc'"),
+        (FIGURES + "ablation = 3", "ablation must be a table"),
+        (FIGURES + "[published.ablation]\nfull = [1.0]", "ablation.full must be the figures of valid and test"),
+        ("finetune = 3", "unknown key 'finetune'"),
+        ("[model]\nlr = 1", "unknown table 'model'"),
     ],
 )
 def test_wrong_values(tmp_path, text, words):

@@ -18,11 +18,12 @@ from fastlm.training.caching import cache_run
 from fastlm.training.evaluate import Evaluation
 from fastlm.training.evaluate import evaluate as score
 from fastlm.training.generate import generate as sample
+from fastlm.training.listing import list_recipes, table
 from fastlm.training.parallel import join
 from fastlm.training.progress import Progress, say
-from fastlm.training.recipe import finetune_recipe, load_recipe, override, parse_override
+from fastlm.training.recipe import finetune_recipe, override, parse_override, read_recipe
 from fastlm.training.report import write_report
-from fastlm.training.run import read_json, read_run, run_cache, run_corpus, run_model, run_vocabulary
+from fastlm.training.run import read_json, read_run, run_cache, run_corpus, run_model, run_vocabulary, with_overrides
 from fastlm.training.trainer import Interrupted, Trainer
 
 Result = tuple[int, dict[str, Any] | None]  # None from the ranks that print nothing
@@ -32,28 +33,41 @@ INTERRUPTED = 130
 def train(args: Namespace) -> Result:
     """Trains by a recipe, or goes on with a run."""
     _check_out(args)
-    settings = dict(parse_override(text) for text in args.set)
+    settings = _settings(args)
+    if args.when is not None:
+        settings["when"] = args.when
     if args.resume:
         config = read_run(args.out)
-        recipe = load_recipe(args.recipe, settings) if args.recipe else override(config.recipe, settings)
+        file = read_recipe(args.recipe, settings) if args.recipe else with_overrides(config, settings)
         source = _source(args.data) or config.source
         corpus = run_corpus(config, source)
     elif args.data and args.recipe:
-        recipe, source = load_recipe(args.recipe, settings), _source(args.data)
-        corpus = load_corpus(source, **recipe.corpus_settings())
+        file, source = read_recipe(args.recipe, settings), _source(args.data)
+        corpus = load_corpus(source, **file.recipe.corpus_settings())
     else:
         raise FastlmError("train needs --data and --recipe, or --resume to go on with a run")
     with join(_device(args)) as (ranks, device):
-        trainer = Trainer(args.out, recipe, corpus, source=source, device=device, resume=args.resume, ranks=ranks)
+        options = {"source": source, "device": device, "resume": args.resume, "ranks": ranks}
+        trainer = Trainer(args.out, file.recipe, corpus, finetune=file.finetune, **options)
         return _fit(trainer, f"fastlm train --out {shlex.quote(args.out)} --resume")
+
+
+def recipes(args: Namespace) -> Result:
+    """Lists the packaged recipes with the figures to reach."""
+    rows = list_recipes()
+    print(table(rows))
+    return 0, {"recipes": rows}
 
 
 def finetune(args: Namespace) -> Result:
     """Averaged SGD from the best weights of a run, as a run of its own in RUN/finetune."""
     run_dir = Path(args.run)
-    folder, settings = run_dir / "finetune", dict(parse_override(text) for text in args.set)
+    folder, settings = run_dir / "finetune", _settings(args)
     config = read_run(run_dir)
-    recipe = override(read_run(folder).recipe, settings) if args.resume else finetune_recipe(config.recipe, settings)
+    if args.resume:
+        recipe = override(read_run(folder).recipe, settings)
+    else:
+        recipe = finetune_recipe(config.recipe, {**(config.finetune or {}), **settings})
     source = _source(args.data) or config.source
     corpus, start = run_corpus(config, source), None if args.resume else run_dir / "checkpoints" / "best"
     with join(_device(args)) as (ranks, device):
@@ -161,6 +175,10 @@ def _line(split: str, result: Evaluation, level: str) -> str:
 def _check_out(args: Namespace) -> None:
     if not args.out:
         raise FastlmError("--out must name a folder, got an empty name")
+
+
+def _settings(args: Namespace) -> dict[str, Any]:
+    return dict(parse_override(text) for text in args.set)
 
 
 def _source(data: str | None) -> str | None:

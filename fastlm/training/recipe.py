@@ -1,22 +1,25 @@
 """Recipes: every hyper-parameter of a training run, in one TOML file.
 
-The packaged ones lie in `fastlm/recipes`. Reading is strict: an unknown key, a wrong type or a value out of
-range is a `RecipeError` that names the key, never a silent default.
+The packaged ones lie in `fastlm/recipes`. A file may also have the table [finetune], keys that are different when the
+run is finetuned, and [published], the figures to reach. Reading is strict: an unknown table or key, a wrong type or a
+value out of range is a `RecipeError` that names it, never a silent default.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fastlm.errors import RecipeError
 from fastlm.models import LanguageModelConfig
+from fastlm.training.keys import check_fields, check_known
+from fastlm.training.keys import key as _key
+from fastlm.training.keys import probability as _probability
+from fastlm.training.published import Published, make_published
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,17 +31,7 @@ CHANGEABLE = {
     *("epochs", "max_seconds", "log_interval", "save_interval", "test_batch_size"),
     *("cache_theta", "cache_lambda", "cache_window"),
 }
-_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple[int, ...]": tuple}
-_TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
-
-
-def _key(default: Any, **limits: Any) -> Any:
-    """A recipe key; `limits` are `least`, `above`, `below`, `most` and `choices`."""
-    return field(default=default, metadata=limits)
-
-
-def _probability(default: float) -> Any:
-    return _key(default, least=0, below=1)
+TABLES = ("finetune", "published")
 
 
 @dataclass(frozen=True)
@@ -99,8 +92,7 @@ class Recipe:
     save_interval: float = _key(600.0, above=0)  # seconds between checkpoints inside an epoch
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            object.__setattr__(self, f.name, _check(f.name, f.type, f.metadata, getattr(self, f.name)))
+        check_fields(self)
         if self.when and self.optimizer in ("nt-asgd", "asgd"):
             raise RecipeError(f"'when' goes with optimizer sgd or adam, not with {self.optimizer}")
         if self.max_vocabulary in (1, 2):
@@ -133,15 +125,28 @@ def recipe_names() -> list[str]:
     return sorted(f.name[: -len(".toml")] for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
-def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe.
+@dataclass(frozen=True)
+class RecipeFile:
+    """What a recipe file holds: the `recipe`, the keys that its finetuning changes and the figures to reach.
+
+    `finetune` is None where the file has no such table, `published` likewise.
+    """
+
+    name: str
+    recipe: Recipe
+    finetune: dict[str, Any] | None = None
+    published: Published | None = None
+
+
+def read_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> RecipeFile:
+    """Reads a recipe file.
 
     Args:
         name_or_path: the name of a packaged recipe, or the path of a TOML file.
-        overrides: keys to set on top of it.
+        overrides: keys to set on top of it; `finetune.KEY` is a key of the table [finetune].
 
     Raises:
-        RecipeError: no such recipe, not TOML, an unknown key, a value of the wrong type or out of range.
+        RecipeError: no such recipe, not TOML, an unknown table or key, a value of the wrong type or out of range.
     """
     name = str(name_or_path)
     try:
@@ -156,9 +161,19 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise RecipeError(f"recipe {name} cannot be read: {e}") from e
     try:
-        return make_recipe({**values, **(overrides or {})})
+        tables = {key: values.pop(key) for key in list(values) if isinstance(values[key], dict)}
+        check_known(tables, TABLES, "table")
+        own, finetune = split_overrides(overrides or {}, tables.get("finetune"))
+        recipe = make_recipe({**values, **own})
+        check_finetune(recipe, finetune)
+        return RecipeFile(name, recipe, finetune, _published(tables.get("published")))
     except RecipeError as e:
         raise RecipeError(f"recipe {name}: {e}") from e
+
+
+def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The hyper-parameters of a recipe file; arguments and errors as for `read_recipe`."""
+    return read_recipe(name_or_path, overrides).recipe
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -167,12 +182,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: an unknown key, a value of the wrong type or out of range.
     """
-    known = [f.name for f in fields(Recipe)]
-    for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; the nearest valid one is {nearest[0]!r}" if nearest else ""
-            raise RecipeError(f"unknown key {key!r}{hint}")
+    check_known(values, [f.name for f in fields(Recipe)])
     return Recipe(**values)
 
 
@@ -189,7 +199,35 @@ def finetune_recipe(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """
     if recipe.optimizer == "adam" and "lr" not in overrides:
         raise RecipeError("finetuning is averaged SGD and this run was made by adam: set a rate, as in --set lr=5")
+    return _averaged(recipe, overrides)
+
+
+def split_overrides(
+    overrides: Mapping[str, Any], finetune: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Parts keys such as `finetune.epochs` from the others and puts them into the table; None: there is no table."""
+    own = {key: value for key, value in overrides.items() if not key.startswith("finetune.")}
+    added = {key.removeprefix("finetune."): value for key, value in overrides.items() if key not in own}
+    return own, None if finetune is None and not added else {**(finetune or {}), **added}
+
+
+def check_finetune(recipe: Recipe, finetune: Mapping[str, Any] | None) -> None:
+    """Raises RecipeError unless the keys of a table [finetune] go with the recipe."""
+    try:
+        _averaged(recipe, finetune or {})
+    except RecipeError as e:
+        raise RecipeError(f"[finetune]: {e}") from e
+
+
+def _averaged(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     return override(recipe, {"optimizer": "asgd", "when": (), "max_seconds": 0.0, **overrides})
+
+
+def _published(values: Mapping[str, Any] | None) -> Published | None:
+    try:
+        return None if values is None else make_published(values)
+    except RecipeError as e:
+        raise RecipeError(f"[published]: {e}") from e
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -206,35 +244,3 @@ def parse_override(text: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
     return key.strip(), parsed
-
-
-def _check(name: str, type_name: str, limits: Mapping[str, Any], value: Any) -> Any:
-    expected = _TYPES[type_name]
-    if expected is tuple:
-        if not isinstance(value, list | tuple) or any(type(v) is not int for v in value):
-            raise RecipeError(f"{name} must be a list of integers, got {value!r}")
-        for v in value:
-            _check_limits(name, limits, v)
-        return tuple(value)
-    if expected is float and type(value) is int:
-        value = float(value)
-    if type(value) is not expected:
-        raise RecipeError(f"{name} must be {_TYPE_NAMES[type_name]}, got {value!r}")
-    if expected is float and not math.isfinite(value):
-        raise RecipeError(f"{name} must be finite, got {value!r}")
-    _check_limits(name, limits, value)
-    return value
-
-
-def _check_limits(name: str, limits: Mapping[str, Any], value: Any) -> None:
-    if "choices" in limits and value not in limits["choices"]:
-        choices = ", ".join(repr(c) for c in limits["choices"])
-        raise RecipeError(f"{name} must be one of {choices}, got {value!r}")
-    for rule, holds, words in [
-        ("least", lambda v, x: v >= x, "at least"),
-        ("above", lambda v, x: v > x, "greater than"),
-        ("most", lambda v, x: v <= x, "at most"),
-        ("below", lambda v, x: v < x, "less than"),
-    ]:
-        if rule in limits and not holds(value, limits[rule]):
-            raise RecipeError(f"{name} must be {words} {limits[rule]}, got {value!r}")

@@ -1,6 +1,6 @@
 """The run folder: what a training run needs to be gone on with, evaluated or sampled from later.
 
-config.toml       the recipe and which text it was trained on
+config.toml       the recipe, what its finetuning changes, and which text it was trained on
 vocabulary.json   the words, so that a run can be sampled from without its text
 metrics.jsonl     one JSON object per log interval and per epoch
 checkpoints/last  all that goes on to the same numbers;  checkpoints/best: the weights validated best
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fastlm.nn import NeuralCache
 from fastlm.training.checkpoint import load_checkpoint, load_weights, write_file
 from fastlm.training.forms import FORMS, check_form
 from fastlm.training.metrics import finite
-from fastlm.training.recipe import CHANGEABLE, Recipe, make_recipe
+from fastlm.training.recipe import CHANGEABLE, Recipe, check_finetune, make_recipe, override, split_overrides
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,12 +34,16 @@ else:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What config.toml holds: the recipe, where the text came from, its digest and the size of its vocabulary."""
+    """What config.toml holds: the recipe, where the text came from, its digest and the size of its vocabulary.
+
+    `finetune` has the keys that finetuning changes, None where the recipe says nothing of it.
+    """
 
     recipe: Recipe
     source: str
     digest: str
     vocab_size: int
+    finetune: dict[str, Any] | None = None
 
 
 def check_no_run(run_dir: Path) -> None:
@@ -60,6 +65,8 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
         "data": {"source": config.source, "digest": config.digest, "vocab_size": config.vocab_size},
         "recipe": asdict(config.recipe),
     }
+    if config.finetune is not None:
+        tables["finetune"] = config.finetune
     lines = [f"# Written by fastlm {__version__}."]
     for name, values in tables.items():
         lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
@@ -75,12 +82,25 @@ def read_run(run_dir: str | Path) -> RunConfig:
     path = Path(run_dir) / "config.toml"
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        data = tables["data"]
-        return RunConfig(make_recipe(tables["recipe"]), data["source"], data["digest"], data["vocab_size"])
+        data, recipe, finetune = tables["data"], make_recipe(tables["recipe"]), tables.get("finetune")
+        check_finetune(recipe, finetune)
+        return RunConfig(recipe, data["source"], data["digest"], data["vocab_size"], finetune)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise FastlmError(f"no run in {run_dir}: {path} is missing") from e
     except (OSError, ValueError, KeyError, TypeError, RecipeError) as e:
         raise FastlmError(f"{path} cannot be read: {type(e).__name__}: {e}") from e
+
+
+def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """The run with some keys set to other values; `finetune.KEY` is one of its finetuning.
+
+    Raises:
+        RecipeError: an unknown key, a value of the wrong type or out of range.
+    """
+    own, finetune = split_overrides(overrides, config.finetune)
+    recipe = override(config.recipe, own)
+    check_finetune(recipe, finetune)
+    return replace(config, recipe=recipe, finetune=finetune)
 
 
 def check_same_run(old: RunConfig, new: RunConfig) -> None:
@@ -183,6 +203,6 @@ def _toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return repr(value)

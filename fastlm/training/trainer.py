@@ -50,6 +50,7 @@ class Trainer:
         device: where to train.
         resume: go on with the run that is in the folder, instead of starting one there.
         start: a checkpoint whose weights to start from and whose validation loss to better.
+        finetune: keys that finetuning the run will change, written into its config.toml.
         ranks: the processes that train it together (see `fastlm.training.parallel`).
 
     Raises:
@@ -67,6 +68,7 @@ class Trainer:
         device: str | torch.device = "cpu",
         resume: bool = False,
         start: str | Path | None = None,
+        finetune: dict[str, Any] | None = None,
         ranks: Ranks | None = None,
     ):
         self.run_dir, self.recipe, self.corpus = Path(run_dir), recipe, corpus
@@ -94,7 +96,7 @@ class Trainer:
         self._stop = StopRequest()
         self._metrics = MetricsFile(self.run_dir / "metrics.jsonl" if self.ranks.first else Path(os.devnull))
         self._checkpoints = self.run_dir / "checkpoints"
-        config = RunConfig(recipe, source or corpus.name, corpus.digest, len(corpus.vocabulary))
+        config = RunConfig(recipe, source or corpus.name, corpus.digest, len(corpus.vocabulary), finetune)
         if resume:
             check_same_run(read_run(self.run_dir), config)
             self._load()
