@@ -29,10 +29,10 @@ from cases import (
     with_gradients,
     without_gradients,
 )
-from machine import cores
 from torch.func import functional_call
 
 from fastlm import testing
+from fastlm.machine import cores
 from fastlm.ops import dropconnect, dropconnect_mask, lstm
 from fastlm.ops.lstm import reference
 

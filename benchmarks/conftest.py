@@ -15,10 +15,11 @@ import pytest
 import torch
 from cases import Case
 from ceilings import measure_ceilings
-from machine import describe
 from measure import EFFORTS, GPU_LOST, ON_GPU, Runner, measure
 from profile_step import where_time_goes
 from results import record
+
+from fastlm.machine import describe
 
 SIZES = {"tiny": ("tiny",), "quick": ("quick",), "full": ("quick", "full")}
 FOUND, HEAD, END, LONGEST = (pytest.StashKey() for _ in range(4))

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from compare import check_same, compare, lines, read_old
-from machine import describe
 from measure import GPU_LOST
 from plots import draw
 from report import as_markdown, as_text
 
 from fastlm.errors import FastlmError
+from fastlm.machine import describe
 from fastlm.training.checkpoint import write_file
 
 FOLDER = Path(__file__).resolve().parent

@@ -49,7 +49,7 @@ def a_case(*contenders, **more):
 
 
 def a_run(*found, **more):
-    from machine import describe
+    from fastlm.machine import describe
 
     tops = {"copy": 30.0, "fp32": 200.0, "bf16": 400.0}
     return {

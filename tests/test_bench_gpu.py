@@ -19,7 +19,6 @@ sys.path.append(str(ROOT / "benchmarks"))
 import bench_lstm  # noqa: E402
 import cases  # noqa: E402
 import ceilings  # noqa: E402
-import machine  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
 import profile_step  # noqa: E402
@@ -27,6 +26,7 @@ import report  # noqa: E402
 import results  # noqa: E402
 import suite  # noqa: E402
 
+from fastlm import machine  # noqa: E402
 from fastlm.errors import FastlmError  # noqa: E402
 
 

@@ -28,6 +28,7 @@ NOT_OPS = {"philox"}  # what operators share, beside the modules with a leading 
 # Each part of the package and the parts that it may import.
 MAY_IMPORT = {
     "errors": set(),
+    "machine": {"_lib"},
     "recipes": set(),
     "triton": set(),
     "_lib": set(),
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "ops": {"_lib", "errors", "triton"},
     "nn": {"ops", "errors"},
     "models": {"nn", "ops", "errors"},
-    "training": {"models", "nn", "ops", "data", "optim", "errors"},
+    "training": {"models", "nn", "ops", "data", "optim", "errors", "machine"},
     "testing": {"_lib", "ops"},
     "info": {"_lib", "_host", "ops"},
     "bench": {"errors"},

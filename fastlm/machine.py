@@ -84,7 +84,12 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the tree, with "+" where a file of the package or the benchmarks differs from it."""
+    """The commit of the tree, with "+" where a file of the package or the benchmarks differs from it.
+
+    None where the package is installed and not run from its tree: the tree around it would be another one.
+    """
+    if not (ROOT / "csrc").is_dir():
+        return None
     try:
         git = ["git", "-C", str(ROOT)]
         name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
