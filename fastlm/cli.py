@@ -1,4 +1,4 @@
-"""The command `fastlm`: recipes, train, finetune, eval, cache, generate, demo, bench, info.
+"""The command `fastlm`: recipes, train, finetune, reproduce, eval, cache, generate, demo, bench, info.
 
 What a command prints goes to stdout and its progress to stderr. With `--json` the last line of stdout is one JSON
 object, in which a figure that is not finite is null. A problem with what the user gave is one line on stderr and exit
@@ -93,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     command("recipes", "list the packaged recipes with the published figures: valid / test of each stage", device=False)
 
     train = command("train", "train a model by a recipe")
-    data = 'folder with train.txt, valid.txt, test.txt; at the byte level also one file, as enwik8; or "stdlib"'
-    train.add_argument("--data", help=data)
-    train.add_argument("--recipe", help="name of a packaged recipe or path of a TOML file")
+    _add_recipe(train, required=False)
     train.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
     train.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     train.add_argument(
@@ -107,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(finetune)
     finetune.add_argument("--resume", action="store_true", help="go on with a finetuning that was stopped")
     _add_set(finetune)
+
+    reproduce = command("reproduce", "train, finetune and tune a recipe; write its figures beside the published ones")
+    _add_recipe(reproduce)
+    reproduce.add_argument("--out", metavar="RUN", help="folder of the run (default runs/RECIPE); it goes on with one")
+    _add_results(reproduce)
+    _add_set(reproduce)
 
     evaluate = command("eval", "score a text with the best weights of a run", "evaluate")
     _add_run(evaluate)
@@ -149,6 +153,17 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("info", help="say what is installed, what runs and what would improve it")
     return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    what = 'folder with train.txt, valid.txt, test.txt; at the byte level also one file, as enwik8; or "stdlib"'
+    parser.add_argument("--data", required=required, help=what)
+    parser.add_argument("--recipe", required=required, help="name of a packaged recipe or path of a TOML file")
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    where = "default: benchmarks/results/reproduction of the source tree, without one the folder of the run"
+    parser.add_argument("--results", metavar="DIR", help=f"where the figures go; {where}")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

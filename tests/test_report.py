@@ -14,8 +14,9 @@ from fastlm.nn import NeuralCache
 from fastlm.training.caching import cache_run
 from fastlm.training.metrics import MetricsFile, read_metrics
 from fastlm.training.passage import trace_passage
+from fastlm.training.plots import draw_curves
 from fastlm.training.recipe import make_recipe
-from fastlm.training.report import draw_curves, write_report
+from fastlm.training.report import write_report
 from fastlm.training.run import RunConfig, create_run, run_cache, run_model, write_json
 from fastlm.training.trainer import Trainer
 

@@ -20,9 +20,12 @@ from fastlm.training.evaluate import evaluate as score
 from fastlm.training.generate import generate as sample
 from fastlm.training.listing import list_recipes, table
 from fastlm.training.parallel import join
-from fastlm.training.progress import Progress, say
+from fastlm.training.plots import draw_reproduction
+from fastlm.training.progress import Progress, aligned, say
 from fastlm.training.recipe import finetune_recipe, override, parse_override, read_recipe
 from fastlm.training.report import write_report
+from fastlm.training.reproduce import measure, publish, results_folder, train_stages
+from fastlm.training.reproduce import rows as reproduction_rows
 from fastlm.training.run import read_json, read_run, run_cache, run_corpus, run_model, run_vocabulary, with_overrides
 from fastlm.training.trainer import Interrupted, Trainer
 
@@ -75,6 +78,26 @@ def finetune(args: Namespace) -> Result:
         return _fit(
             Trainer(folder, recipe, corpus, **options), f"fastlm finetune --run {shlex.quote(args.run)} --resume"
         )
+
+
+def reproduce(args: Namespace) -> Result:
+    """Trains a recipe through all its stages and writes the figures beside the published ones."""
+    settings = _settings(args)
+    file, source = read_recipe(args.recipe, settings), _source(args.data)
+    run_dir = _run_dir(args, Path("runs") / file.stem)
+    corpus = load_corpus(source, **file.recipe.corpus_settings())
+    try:
+        with join(_device(args)) as (ranks, device):
+            folders = train_stages(file, corpus, run_dir, source=source, device=device, ranks=ranks)
+    except Interrupted as e:
+        return _stopped(e)
+    if not ranks.first:
+        return 0, None
+    found = measure(file, corpus, folders, overrides=settings, device=device)
+    print(aligned(reproduction_rows(found)))
+    files = publish(found, results_folder(args.results, run_dir), file.stem, draw_reproduction(found))
+    print("\n".join(files))
+    return 0, {"run": str(run_dir), "files": files, **found}
 
 
 def evaluate(args: Namespace) -> Result:
@@ -139,8 +162,7 @@ def demo(args: Namespace) -> Result:
     try:
         rows = demonstration.run_demo(args.out, _device(args))
     except Interrupted as e:
-        say(f"{e}; go on with the same command")
-        return INTERRUPTED, {"interrupted": True}
+        return _stopped(e)
     print(demonstration.table(rows))
     print()
     found = demonstration.checks(rows)
@@ -149,6 +171,11 @@ def demo(args: Namespace) -> Result:
     print(f"look at {args.out}/lstm/report.html and {args.out}/qrnn/report.html")
     passed = all(holds for holds, _ in found)
     return 0 if passed else 1, {"rows": rows, "passed": passed}
+
+
+def _stopped(e: Interrupted) -> Result:
+    say(f"{e}; go on with the same command")
+    return INTERRUPTED, {"interrupted": True}
 
 
 def _fit(trainer: Trainer, again: str) -> Result:
@@ -179,6 +206,12 @@ def _check_out(args: Namespace) -> None:
 
 def _settings(args: Namespace) -> dict[str, Any]:
     return dict(parse_override(text) for text in args.set)
+
+
+def _run_dir(args: Namespace, default: Path) -> Path:
+    if args.out is not None:
+        _check_out(args)
+    return default if args.out is None else Path(args.out)
 
 
 def _source(data: str | None) -> str | None:

@@ -15,6 +15,7 @@ FORMS: dict[str, Form] = {
     "results.json": {
         **{"parameters": int, "epochs": int, "steps": int, "seconds": float, "tokens_per_second": float},
         **{"valid": _SCORE, "test": _SCORE, "ceiling_flops?": float, "share_of_ceiling?": float},
+        **{"wall_seconds?": float, "recipe?": {}},
     },
     "cache.json": {
         **{"theta": float, "lambda": float, "window": int},
@@ -26,6 +27,7 @@ EVENTS: dict[str, Form] = {  # the lines of metrics.jsonl, as far as the report 
     "train": {"step": int, "ppl": FIGURE},
     "epoch": {"step": int, "averaging": bool, "valid_nll": FIGURE, "valid_ppl": FIGURE, "valid_bpc": FIGURE},
 }
+EPOCH: Form = {**EVENTS["epoch"], "epoch": int, "lr": float, "ppl": FIGURE, "seconds": float, "wall_seconds": float}
 
 
 def check_form(value: Any, form: Form, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastlm.training.progress import aligned
 from fastlm.training.published import STAGES
 from fastlm.training.recipe import RecipeFile, read_recipe, recipe_names
 
@@ -39,8 +40,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         figures = [_pair(row[stage]) for stage in STAGES]
         text = row["data"] or f"{row['level']}s"
         lines.append([row["name"], row["model"], text, parameters, row["unit"] or "-", *figures, row["source"]])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def _pair(figures: dict[str, float | None] | None) -> str:

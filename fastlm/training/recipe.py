@@ -137,6 +137,16 @@ class RecipeFile:
     finetune: dict[str, Any] | None = None
     published: Published | None = None
 
+    @property
+    def stem(self) -> str:
+        """The name without folder and suffix, where it is a path."""
+        return Path(self.name).name.removesuffix(".toml")
+
+    @property
+    def unit(self) -> str:
+        """In what its figures are given: "ppl", for characters and bytes "bpc"."""
+        return "ppl" if self.recipe.level == "word" else "bpc"
+
 
 def read_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> RecipeFile:
     """Reads a recipe file.

@@ -11,6 +11,7 @@ from typing import Any
 from fastlm.errors import FastlmError
 from fastlm.training.forms import check_event
 from fastlm.training.metrics import read_metrics
+from fastlm.training.plots import MISSING, draw_curves
 from fastlm.training.progress import duration, say
 from fastlm.training.run import read_json, read_run, write_file
 
@@ -40,17 +41,22 @@ def write_report(run_dir: str | Path) -> None:
     """
     run_dir = Path(run_dir)
     recipe = asdict(read_run(run_dir).recipe)
-    metrics = _read_events(run_dir / "metrics.jsonl")
+    metrics = read_events(run_dir / "metrics.jsonl")
     results, cache = read_json(run_dir / "results.json"), read_json(run_dir / "cache.json")
     png = draw_curves(metrics)
     if png is None:
-        say("no loss curves: they need matplotlib (pip install matplotlib)")
+        say(f"no loss curves: {MISSING}")
     else:
         write_file(run_dir / "loss.png", png)
     write_file(run_dir / "report.html", render(run_dir.resolve().name, recipe, metrics, results, cache, png))
 
 
-def _read_events(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl.
+
+    Raises:
+        FastlmError: it cannot be read.
+    """
     try:
         metrics = read_metrics(path)
         for number, record in enumerate(metrics, 1):
@@ -58,34 +64,6 @@ def _read_events(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as e:
         raise FastlmError(f"{path} cannot be read: {e}") from e
     return metrics
-
-
-def draw_curves(metrics: list[dict[str, Any]]) -> bytes | None:
-    """Perplexity of training and validation over the steps as a PNG; None without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    from io import BytesIO
-
-    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    for event, key, label, style in [("train", "ppl", "training", "-"), ("epoch", "valid_ppl", "validation", "o-")]:
-        points = [(r["step"], r[key]) for r in metrics if r["event"] == event]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    averaged = [r["step"] for r in metrics if r.get("averaging")]
-    if averaged:
-        axes.axvline(averaged[0], color="grey", linestyle=":", label="first averaged validation")
-    axes.set(xlabel="step", ylabel="perplexity")
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3, which="both")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def render(

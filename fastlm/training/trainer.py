@@ -30,7 +30,7 @@ from fastlm.training.signals import StopRequest
 from fastlm.training.step import TrainStep, make_optimizer
 from fastlm.training.throughput import find_ceiling
 
-_COUNTERS = ("step", "validated_step", "epoch", "epoch_done", "stopped", "tokens", "seconds")
+_COUNTERS = ("step", "validated_step", "epoch", "epoch_done", "stopped", "tokens", "seconds", "wall_seconds")
 
 
 class Interrupted(Exception):
@@ -88,6 +88,7 @@ class Trainer:
 
         self.step = self.validated_step = self.epoch = self.tokens = 0
         self.seconds = 0.0  # of training, validation not counted
+        self.wall_seconds, self._clock = 0.0, time.perf_counter()  # of all, but for what a killed process lost
         self.epoch_done = self.stopped = False
         self.best: Evaluation | None = None
         self.hidden: Any = None
@@ -142,6 +143,7 @@ class Trainer:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         # Copied, so that a state that is the end of a long tensor does not bring all of it to the other ranks.
         hidden = self.hidden and map_state(lambda t: t.cpu().clone(), self.hidden)
+        self._look_at_clock()
         state = {
             **{name: getattr(self, name) for name in _COUNTERS},
             "best": self.best and asdict(self.best),
@@ -251,7 +253,9 @@ class Trainer:
                 self._save_best(valid)
         figures = self._figures(self._epoch)
         scores = {f"valid_{k}": v for k, v in valid.to_dict().items()}
-        self._write({"event": "epoch", **figures, **scores, "averaging": averaging})
+        self._look_at_clock()
+        wall = {"wall_seconds": round(self.wall_seconds, 3)}
+        self._write({"event": "epoch", **figures, **wall, **scores, "averaging": averaging})
         rate = figures["tokens_per_second"]
         speed = f"{rate:,.0f} tokens/s" + (f", {self._ceiling.words(rate)}" if self._ceiling else "")
         say(
@@ -279,15 +283,18 @@ class Trainer:
         # The last weights are kept in their own checkpoint and are needed no more.
         load_weights(self.model, weights, path)
         test = self._evaluate("test", self.corpus.test, self.recipe.test_batch_size)
+        self._look_at_clock()
         results = {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "epochs": self.epoch,
             "steps": self.step,
             "seconds": self.seconds,
+            "wall_seconds": self.wall_seconds,
             "tokens_per_second": self.tokens / self.seconds,
             **(self._ceiling.to_dict(self.tokens / self.seconds) if self._ceiling else {}),
             "valid": Evaluation(**state["valid"]).to_dict(),
             "test": test.to_dict(),
+            "recipe": asdict(self.recipe),
         }
         if self.ranks.first:
             write_json(self.run_dir / "results.json", results)
@@ -314,6 +321,11 @@ class Trainer:
     def _write(self, record: dict[str, Any]) -> None:
         self._metrics.write(record)
         self._board.write(record)
+
+    def _look_at_clock(self) -> None:
+        now = time.perf_counter()
+        self.wall_seconds += now - self._clock
+        self._clock = now
 
     def _save_best(self, valid: Evaluation) -> None:
         self.best = valid

@@ -1,0 +1,83 @@
+"""The pictures of training: the curves of a run, of a reproduction, and the bars of an ablation."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+COLOURS = ("#3b6fb6", "#d98032", "#5b9a5b")
+UNITS = {"ppl": "perplexity", "bpc": "bits per character"}
+MISSING = "they need matplotlib (pip install matplotlib)"
+
+
+def draw_curves(metrics: list[dict[str, Any]]) -> bytes | None:
+    """Perplexity of training and validation over the steps as a PNG; None without matplotlib."""
+    figure = _figure(8, 4)
+    if figure is None:
+        return None
+    axes = figure.add_subplot()
+    for event, key, label, style in [("train", "ppl", "training", "-"), ("epoch", "valid_ppl", "validation", "o-")]:
+        points = [(r["step"], r[key]) for r in metrics if r["event"] == event]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    averaged = [r["step"] for r in metrics if r.get("averaging")]
+    if averaged:
+        axes.axvline(averaged[0], color="grey", linestyle=":", label="first averaged validation")
+    axes.set(xlabel="step", ylabel="perplexity")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    return _png(figure)
+
+
+def draw_reproduction(found: dict[str, Any]) -> bytes | None:
+    """The validation of every epoch of a reproduction, beside what was published; None without matplotlib."""
+    figure = _figure(8, 4.5)
+    if figure is None:
+        return None
+    axes, unit, begin = figure.add_subplot(), found["unit"], 0
+    for (stage, record), colour in zip(found["stages"].items(), COLOURS, strict=False):
+        final, published = record["valid"][unit], (record["published"] or {}).get("valid")
+        label = f"{stage}: {final:.4g}" + (f", published {published:g} (dotted)" if published else "")
+        curve = record.get("curve")
+        if curve:
+            points = [(begin + i, epoch[f"valid_{unit}"]) for i, epoch in enumerate(curve, 1)]
+            begin += len(curve)
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=3)
+        else:
+            axes.plot([begin], [final], "D", color=colour, label=label, markersize=6)
+        if published:
+            axes.axhline(published, color=colour, linestyle=":", linewidth=1.2)
+    averaged = [i for i, epoch in enumerate(found["stages"]["base"]["curve"], 1) if epoch["averaging"]]
+    if averaged:
+        axes.axvline(averaged[0], color="grey", linestyle=":", label="first averaged validation")
+    axes.set(xlabel="epoch", ylabel=f"validation {UNITS[unit]}", title=_title(found))
+    axes.title.set_fontsize(10)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    return _png(figure)
+
+
+def _title(found: dict[str, Any]) -> str:
+    changed = ", ".join(f"{key}={value}" for key, value in found["overrides"].items())
+    return f"{found['recipe']}{f' with {changed}' if changed else ''} on {found['machine']['machine']}"
+
+
+def _figure(*size: float):
+    """A figure of that many inches, None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=size, dpi=120, layout="constrained")
+
+
+def _png(figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

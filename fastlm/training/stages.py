@@ -1,0 +1,78 @@
+"""Runs that belong together, the stages of a reproduction or the rows of an ablation: each trained to its end once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fastlm.data import Corpus
+from fastlm.errors import FastlmError
+from fastlm.training.forms import EPOCH, check_form
+from fastlm.training.parallel import Ranks
+from fastlm.training.progress import say
+from fastlm.training.recipe import Recipe
+from fastlm.training.report import read_events, write_report
+from fastlm.training.run import check_same_run, read_json, read_run
+from fastlm.training.trainer import Trainer
+
+_EPOCH_KEYS = ("epoch", "step", "lr", "valid_nll", "valid_ppl", "valid_bpc", "averaging", "seconds", "wall_seconds")
+
+
+def fit_stage(folder: Path, recipe: Recipe, corpus: Corpus, *, ranks: Ranks, **options: Any) -> None:
+    """Trains a run to its end: from its start, from where it was stopped, or not at all if it is there already.
+
+    Args:
+        folder: of the run. recipe, corpus, ranks: as for `Trainer`. options: the other arguments of `Trainer`; `start`
+            counts only for a run that has not begun.
+
+    Raises:
+        Interrupted: a signal came; the same call goes on.
+        RecipeError, DataError: as for `is_finished`.
+    """
+    if is_finished(folder, recipe, corpus):
+        return
+    resume = (folder / "config.toml").exists()
+    if resume:
+        say(f"{folder} is there already: going on with it (delete it to train from the start)")
+        options["start"] = None
+    trainer = Trainer(folder, recipe, corpus, resume=resume, ranks=ranks, **options)
+    say(f"training {folder}: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {trainer.device}")
+    trainer.fit()
+    if ranks.first:
+        write_report(folder)
+
+
+def is_finished(folder: Path, recipe: Recipe, corpus: Corpus) -> bool:
+    """Whether a run of this recipe on this text is there, with its results.
+
+    Raises:
+        RecipeError, DataError: the run in the folder cannot go on as one of this recipe, or is of another text.
+    """
+    if not (folder / "config.toml").exists():
+        return False
+    config, results = read_run(folder), read_json(folder / "results.json")
+    check_same_run(config, replace(config, recipe=recipe, digest=corpus.digest))
+    # Where a run went on from its results, and was stopped, they are those of its recipe before.
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    return config.recipe == recipe and results is not None and results.get("recipe") == wanted
+
+
+def stage_record(folder: Path) -> dict[str, Any]:
+    """The validated epochs of a run and, once it is finished, its results.
+
+    Raises:
+        FastlmError: a file of the run cannot be read.
+    """
+    path, epochs = folder / "metrics.jsonl", []
+    for number, record in enumerate(read_events(path), 1):
+        if record["event"] == "epoch":
+            try:
+                check_form(record, EPOCH, f"line {number}")
+            except ValueError as e:
+                raise FastlmError(f"{path} cannot be read: {e}") from e
+            epochs.append({**{key: record[key] for key in _EPOCH_KEYS}, "train_ppl": record["ppl"]})
+    results = read_json(folder / "results.json") or {}
+    results.pop("recipe", None)
+    return {**results, "curve": epochs}
