@@ -1,4 +1,4 @@
-"""The command `fastlm`: recipes, train, finetune, reproduce, eval, cache, generate, demo, bench, info.
+"""The command `fastlm`: recipes, train, finetune, reproduce, ablate, eval, cache, generate, demo, bench, info.
 
 What a command prints goes to stdout and its progress to stderr. With `--json` the last line of stdout is one JSON
 object, in which a figure that is not finite is null. A problem with what the user gave is one line on stderr and exit
@@ -111,6 +111,19 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--out", metavar="RUN", help="folder of the run (default runs/RECIPE); it goes on with one")
     _add_results(reproduce)
     _add_set(reproduce)
+
+    ablate = command("ablate", "train a recipe with each trick off in turn; compare with the published differences")
+    _add_recipe(ablate)
+    ablate.add_argument("--out", metavar="DIR", help="folder of the runs (default runs/RECIPE-ablation)")
+    _add_results(ablate)
+    budget = ablate.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--epochs", type=_whole(1), help="the budget of every row in epochs")
+    budget.add_argument(
+        "--seconds", type=_number(0, 1e9, above=True), help="or in seconds of training, within the epochs of the recipe"
+    )
+    ablate.add_argument("--only", nargs="+", metavar="ROW", help="only these rows, as nt-asgd or weight-dropout")
+    ablate.add_argument("--finetune", action="store_true", help="finetune the full model too, by the budget once more")
+    _add_set(ablate)
 
     evaluate = command("eval", "score a text with the best weights of a run", "evaluate")
     _add_run(evaluate)

@@ -13,6 +13,7 @@ import torch
 from fastlm.data import Vocabulary, load_corpus
 from fastlm.errors import FastlmError
 from fastlm.nn import NeuralCache
+from fastlm.training import ablate as ablation
 from fastlm.training import demo as demonstration
 from fastlm.training.caching import cache_run
 from fastlm.training.evaluate import Evaluation
@@ -20,7 +21,7 @@ from fastlm.training.evaluate import evaluate as score
 from fastlm.training.generate import generate as sample
 from fastlm.training.listing import list_recipes, table
 from fastlm.training.parallel import join
-from fastlm.training.plots import draw_reproduction
+from fastlm.training.plots import draw_ablation, draw_reproduction
 from fastlm.training.progress import Progress, aligned, say
 from fastlm.training.recipe import finetune_recipe, override, parse_override, read_recipe
 from fastlm.training.report import write_report
@@ -98,6 +99,33 @@ def reproduce(args: Namespace) -> Result:
     files = publish(found, results_folder(args.results, run_dir), file.stem, draw_reproduction(found))
     print("\n".join(files))
     return 0, {"run": str(run_dir), "files": files, **found}
+
+
+def ablate(args: Namespace) -> Result:
+    """Trains a recipe with each trick off in turn and compares with the published differences."""
+    settings = _settings(args)
+    file, source = read_recipe(args.recipe, settings), _source(args.data)
+    out = _run_dir(args, Path("runs") / f"{file.stem}-ablation")
+    changes, left_out = ablation.plan(file.recipe, args.only)
+    if args.seconds is None:
+        budget = {"epochs": args.epochs, "max_seconds": 0.0}
+    else:
+        budget = {"epochs": file.recipe.epochs, "max_seconds": args.seconds}
+    corpus = load_corpus(source, **file.recipe.corpus_settings())
+    try:
+        with join(_device(args)) as (ranks, device):
+            where = {"source": source, "device": device, "ranks": ranks}
+            folders = ablation.train_rows(file, corpus, out, changes, budget=budget, finetune=args.finetune, **where)
+    except Interrupted as e:
+        return _stopped(e)
+    if not ranks.first:
+        return 0, None
+    context = {"overrides": settings, "budget": budget, "device": device}
+    found = ablation.compare(file, corpus, folders, changes, left_out, **context)
+    print(aligned(ablation.rows(found)))
+    files = publish(found, results_folder(args.results, out), f"{file.stem}-ablation", draw_ablation(found))
+    print("\n".join([*ablation.remarks(found), *files]))
+    return 0, {"run": str(out), "files": files, **found}
 
 
 def evaluate(args: Namespace) -> Result:

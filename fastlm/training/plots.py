@@ -5,6 +5,8 @@ from __future__ import annotations
 from io import BytesIO
 from typing import Any
 
+from fastlm.training.progress import duration
+
 COLOURS = ("#3b6fb6", "#d98032", "#5b9a5b")
 UNITS = {"ppl": "perplexity", "bpc": "bits per character"}
 MISSING = "they need matplotlib (pip install matplotlib)"
@@ -55,12 +57,50 @@ def draw_reproduction(found: dict[str, Any]) -> bytes | None:
         axes.axvline(averaged[0], color="grey", linestyle=":", label="first averaged validation")
     axes.set(xlabel="epoch", ylabel=f"validation {UNITS[unit]}", title=_title(found))
     axes.title.set_fontsize(10)
-    axes.set_yscale("log", base=2)
+    if unit == "ppl":
+        axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     return _png(figure)
+
+
+def draw_ablation(found: dict[str, Any]) -> bytes | None:
+    """How far each row of an ablation is from the full model, and was when published; None without matplotlib."""
+    rows = found["rows"][1:]
+    figure = _figure(11, 1.8 + 0.55 * max(len(rows), 2))
+    if figure is None:
+        return None
+    full, unit, published = found["rows"][0], UNITS[found["unit"]], found["published_model"]
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, split in zip(panels, ("valid", "test"), strict=True):
+        for key, offset, colour, name in [("delta", -0.2, 0, "measured"), ("published", 0.2, 1, "published")]:
+            bars = [(y + offset, row[key][split]) for y, row in enumerate(rows) if row[key]]
+            if bars:
+                places, values = zip(*bars, strict=True)
+                drawn = axes.barh(places, values, height=0.38, color=COLOURS[colour], label=name)
+                axes.bar_label(drawn, fmt="{:+.2f}", padding=3, fontsize=9)
+        theirs = f", published {published[split]:g}" if published else ""
+        axes.set_title(f"{split}: full model {full[split][found['unit']]:.4g}{theirs}", fontsize=11)
+        axes.set_xlabel(f"{unit} above that of the full model")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.margins(x=0.18)  # room for the figures beside the bars
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=11)
+    panels[0].invert_yaxis()
+    if published and rows:
+        handles, labels = panels[0].get_legend_handles_labels()
+        labels[-1] += f" ({published['recipe']}, arXiv 1708.02182)"
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.suptitle(f"Each trick off in turn: {_title(found)}, {_budget(found['budget'])} a row", fontsize=12)
+    return _png(figure)
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    return duration(budget["max_seconds"]) if budget["max_seconds"] else f"{budget['epochs']} epochs"
 
 
 def _title(found: dict[str, Any]) -> str:
