@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train a model by a recipe")
     _add_recipe(train, required=False)
     train.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
-    train.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    train.add_argument("--resume", action="store_true", help="go on with the run in that folder, if there is one")
     train.add_argument(
         "--when", nargs="+", type=_whole(1), metavar="EPOCH", help="epochs after which the rate is divided by 10"
     )
@@ -103,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
 
     finetune = command("finetune", "go on from the best weights of a run with averaged SGD, in RUN/finetune")
     _add_run(finetune)
-    finetune.add_argument("--resume", action="store_true", help="go on with a finetuning that was stopped")
+    finetune.add_argument(
+        "--resume", action="store_true", help="go on with the finetuning of that run, if there is one"
+    )
     _add_set(finetune)
 
     reproduce = command("reproduce", "train, finetune and tune a recipe; write its figures beside the published ones")

@@ -127,6 +127,18 @@ def test_resume_goes_on_with_more_epochs(run, capsys):
     )
 
 
+def test_resume_starts_what_has_no_checkpoint_yet(run, text, tmp_path, capsys):
+    train = ["train", "--data", str(text), "--recipe", "ptb-lstm", "--resume", *SETTINGS]
+    assert cli.main([*train, "--out", str(tmp_path / "b"), "--json"]) == 0
+    started = last_json(capsys)
+    assert started["test"] == json.loads((run / "results.json").read_text())["test"]
+    assert cli.main([*train, "--out", str(tmp_path / "b"), "--json"]) == 0
+    assert last_json(capsys)["seconds"] == started["seconds"]
+    fine = ["finetune", "--run", str(run), "--resume", "--set", "epochs=1", "--json"]
+    assert cli.main(fine) == 0
+    assert last_json(capsys)["epochs"] == 1
+
+
 def test_one_line_errors(run, text, tmp_path, capsys):
     train = ["train", "--data", text, "--recipe", "ptb-lstm", "--out"]
     assert "--resume" in fails(capsys, *train, run)
@@ -134,7 +146,7 @@ def test_one_line_errors(run, text, tmp_path, capsys):
     assert "key=value" in fails(capsys, *train, tmp_path / "b", "--set", "lr")
     assert "no recipe 'nope'" in fails(capsys, "train", "--data", text, "--recipe", "nope", "--out", tmp_path / "b")
     assert "needs --data" in fails(capsys, "train", "--out", tmp_path / "b")
-    assert "no run in" in fails(capsys, "train", "--out", tmp_path / "b", "--resume")
+    assert "give --data and --recipe to start one" in fails(capsys, "train", "--out", tmp_path / "b", "--resume")
     fails(capsys, "train", "--data", tmp_path / "none", "--recipe", "ptb-lstm", "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()
     for command in ("eval", "cache", "generate", "finetune"):

@@ -20,14 +20,23 @@ from fastlm.training.evaluate import Evaluation
 from fastlm.training.evaluate import evaluate as score
 from fastlm.training.generate import generate as sample
 from fastlm.training.listing import list_recipes, table
-from fastlm.training.parallel import join
+from fastlm.training.parallel import join, restarted
 from fastlm.training.plots import draw_ablation, draw_reproduction
 from fastlm.training.progress import Progress, aligned, say
 from fastlm.training.recipe import finetune_recipe, override, parse_override, read_recipe
 from fastlm.training.report import write_report
 from fastlm.training.reproduce import measure, publish, results_folder, train_stages
 from fastlm.training.reproduce import rows as reproduction_rows
-from fastlm.training.run import read_json, read_run, run_cache, run_corpus, run_model, run_vocabulary, with_overrides
+from fastlm.training.run import (
+    has_run,
+    read_json,
+    read_run,
+    run_cache,
+    run_corpus,
+    run_model,
+    run_vocabulary,
+    with_overrides,
+)
 from fastlm.training.trainer import Interrupted, Trainer
 
 Result = tuple[int, dict[str, Any] | None]  # None from the ranks that print nothing
@@ -37,10 +46,10 @@ INTERRUPTED = 130
 def train(args: Namespace) -> Result:
     """Trains by a recipe, or goes on with a run."""
     _check_out(args)
-    settings = _settings(args)
+    settings, resume = _settings(args), _goes_on(args, Path(args.out))
     if args.when is not None:
         settings["when"] = args.when
-    if args.resume:
+    if resume:
         config = read_run(args.out)
         file = read_recipe(args.recipe, settings) if args.recipe else with_overrides(config, settings)
         source = _source(args.data) or config.source
@@ -48,10 +57,12 @@ def train(args: Namespace) -> Result:
     elif args.data and args.recipe:
         file, source = read_recipe(args.recipe, settings), _source(args.data)
         corpus = load_corpus(source, **file.recipe.corpus_settings())
+    elif args.resume:
+        raise FastlmError(f"no run in {args.out}: give --data and --recipe to start one")
     else:
         raise FastlmError("train needs --data and --recipe, or --resume to go on with a run")
     with join(_device(args)) as (ranks, device):
-        options = {"source": source, "device": device, "resume": args.resume, "ranks": ranks}
+        options = {"source": source, "device": device, "resume": resume, "ranks": ranks}
         trainer = Trainer(args.out, file.recipe, corpus, finetune=file.finetune, **options)
         return _fit(trainer, f"fastlm train --out {shlex.quote(args.out)} --resume")
 
@@ -67,15 +78,15 @@ def finetune(args: Namespace) -> Result:
     """Averaged SGD from the best weights of a run, as a run of its own in RUN/finetune."""
     run_dir = Path(args.run)
     folder, settings = run_dir / "finetune", _settings(args)
-    config = read_run(run_dir)
-    if args.resume:
+    config, resume = read_run(run_dir), _goes_on(args, folder)
+    if resume:
         recipe = override(read_run(folder).recipe, settings)
     else:
         recipe = finetune_recipe(config.recipe, {**(config.finetune or {}), **settings})
     source = _source(args.data) or config.source
-    corpus, start = run_corpus(config, source), None if args.resume else run_dir / "checkpoints" / "best"
+    corpus, start = run_corpus(config, source), None if resume else run_dir / "checkpoints" / "best"
     with join(_device(args)) as (ranks, device):
-        options = {"source": source, "device": device, "resume": args.resume, "start": start, "ranks": ranks}
+        options = {"source": source, "device": device, "resume": resume, "start": start, "ranks": ranks}
         return _fit(
             Trainer(folder, recipe, corpus, **options), f"fastlm finetune --run {shlex.quote(args.run)} --resume"
         )
@@ -240,6 +251,11 @@ def _run_dir(args: Namespace, default: Path) -> Path:
     if args.out is not None:
         _check_out(args)
     return default if args.out is None else Path(args.out)
+
+
+def _goes_on(args: Namespace, folder: Path) -> bool:
+    """Whether to go on with the run in a folder: there is one, and --resume says so or torchrun has started anew."""
+    return (args.resume or restarted()) and has_run(folder)
 
 
 def _source(data: str | None) -> str | None:

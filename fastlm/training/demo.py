@@ -11,7 +11,7 @@ from fastlm.training.evaluate import perplexity
 from fastlm.training.progress import say
 from fastlm.training.recipe import load_recipe
 from fastlm.training.report import write_report
-from fastlm.training.run import read_json, run_cache, run_model
+from fastlm.training.run import has_run, read_json, run_cache, run_model
 from fastlm.training.trainer import Trainer
 
 SOURCE = "stdlib"
@@ -56,7 +56,7 @@ def _unigram_row(corpus: Corpus) -> dict[str, Any]:
 
 
 def _train_row(run_dir: Path, name: str, corpus: Corpus, device: str) -> dict[str, Any]:
-    resume = (run_dir / "config.toml").exists()
+    resume = has_run(run_dir)
     if resume:
         say(f"{run_dir} is there already: going on with it (delete it to train from the start)")
     say(f"training {name} into {run_dir}")

@@ -102,6 +102,11 @@ class Ranks:
             raise FastlmError(f"rank {self.rank} lost the other ranks: {str(e).splitlines()[0]}") from e
 
 
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` has started this process in the place of one that ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 @contextmanager
 def join(device: str) -> Iterator[tuple[Ranks, str]]:
     """Joins the processes that `torchrun` started, through gloo and for CUDA also NCCL; a process alone stays alone.

@@ -46,9 +46,14 @@ class RunConfig:
     finetune: dict[str, Any] | None = None
 
 
+def has_run(run_dir: Path) -> bool:
+    """Whether there is a run in the folder: one that was ended before its first checkpoint has no config.toml yet."""
+    return (run_dir / "config.toml").exists()
+
+
 def check_no_run(run_dir: Path) -> None:
-    """Raises FastlmError when there is a run in the folder already; without a config.toml there is none."""
-    if (run_dir / "config.toml").exists():
+    """Raises FastlmError when there is a run in the folder already."""
+    if has_run(run_dir):
         raise FastlmError(f"{run_dir} holds a run already: go on with it by --resume, or give another folder")
 
 
