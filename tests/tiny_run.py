@@ -9,11 +9,11 @@ SMALL = {
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "hill", "and", "then", "<unk>"]
 
 
-def write_text(folder):
-    """train.txt, valid.txt and test.txt in a folder, which is made."""
+def write_text(folder, lines=60):
+    """train.txt, valid.txt and test.txt in a folder, which is made; the first of so many lines."""
     folder.mkdir(exist_ok=True)
     rng = random.Random(0)
-    for split, lines in [("train", 60), ("valid", 12), ("test", 12)]:
-        text = "\n".join(" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(lines))
+    for split, count in [("train", lines), ("valid", 12), ("test", 12)]:
+        text = "\n".join(" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(count))
         (folder / f"{split}.txt").write_text(text + "\n")
     return folder
