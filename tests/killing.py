@@ -75,8 +75,8 @@ def at_random(folder, seed):
     before = time.perf_counter()
     statuses, died = [ended(start(job(folder / "undisturbed"), log))], []
     # So short that no phase is over before its kills are done.
-    longest = (time.perf_counter() - before) / 15
-    for wanted in ["sgd"] * 5 + ["averaged"] * 7 + ["finetune"] * 8:
+    longest = (time.perf_counter() - before) / 20
+    for wanted in ["sgd"] * 4 + ["averaged"] * 8 + ["finetune"] * 8:
         pid = start(job(run), log)
         while PHASES.index(phase(run)) < PHASES.index(wanted) and os.waitid(os.P_PID, pid, _A_LOOK) is None:
             time.sleep(0.001)

@@ -168,24 +168,47 @@ def test_a_process_alone_needs_no_group(monkeypatch):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Starts `fastlm train` on a small text in two processes; takes keys of the recipe."""
+    """Starts `fastlm train` on a small text in two processes; takes the folder, keys of the recipe, the program."""
 
-    def start(**changes):
+    def start(folder="run", *, program=("-m", "--", "fastlm.cli"), restarts=0, **changes):
         path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
         cache = str(tmp_path / "cache")
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FASTLM_CACHE": cache}
         settings = {**SMALL, "log_interval": 1, **changes}
-        (tmp_path / "small.toml").write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "fastlm.cli"]
+        (tmp_path / "small.toml").write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
+        options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
         text = ["--data", write_text(tmp_path / "text"), "--recipe", tmp_path / "small.toml"]
-        command = [sys.executable, "-m", *launcher, "train", *text, "--out", tmp_path / "run", "--json"]
+        arguments = [*options, *program, "train", *text, "--out", tmp_path / folder, "--json"]
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
 
 
-def test_torchrun_trains_and_one_rank_speaks(tmp_path, torchrun):
-    process = torchrun(epochs=1)
+# The command, but for a rank that dies while the other waits for it, the first time.
+DIES = """
+import os, signal, sys
+from fastlm import cli
+from fastlm.training.parallel import Ranks
+
+agree, steps = Ranks.agree, []
+
+def dies(self, *args):
+    steps.append(self.rank)
+    if len(steps) == 6 and self.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return agree(self, *args)
+
+Ranks.agree = dies
+status = cli.main()
+print(f"{len(steps)} steps", file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def test_torchrun_trains_one_rank_speaks_and_one_that_is_killed_changes_nothing(tmp_path, torchrun):
+    settings = {"optimizer": "asgd", "nonmono": 5, "epochs": 1, "save_interval": 1e-6}
+    process = torchrun(**settings)
     printed, said = process.communicate()
     assert process.returncode == 0, said
     assert [line.split(":")[0] for line in printed.splitlines()[:2]] == ["valid", "test"]
@@ -194,6 +217,15 @@ def test_torchrun_trains_and_one_rank_speaks(tmp_path, torchrun):
     assert said.count("| step 1 |") == 1
     assert len(metrics(tmp_path / "run")) == results["steps"] + 1
     assert (tmp_path / "run" / "report.html").exists()
+
+    (tmp_path / "dies.py").write_text(DIES)
+    process = torchrun("killed", program=[tmp_path / "dies.py"], restarts=1, **settings)
+    printed, said = process.communicate()
+    assert process.returncode == 0, said
+    # The step of the last checkpoint, at which rank 1 died, was the fifth.
+    assert said.count(f"{results['steps'] - 5} steps\n") == 2, said
+    assert json.loads(printed.splitlines()[-1])["test"] == results["test"]
+    assert_same_run(tmp_path / "run", tmp_path / "killed")
 
 
 def test_torchrun_hands_a_signal_on(tmp_path, torchrun):

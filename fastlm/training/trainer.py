@@ -73,7 +73,7 @@ class Trainer:
     ):
         self.run_dir, self.recipe, self.corpus = Path(run_dir), recipe, corpus
         self.device, self.ranks = torch.device(device), ranks or Ranks()
-        self.ranks.check_same(recipe=recipe, text=corpus.digest)
+        self.ranks.check_same(recipe=recipe, text=corpus.digest, run=resume)  # one may not see the folder of the others
         self._columns = self.ranks.columns(recipe.batch_size)
         for split, columns in [("valid", recipe.eval_batch_size), ("test", recipe.test_batch_size)]:
             batchify(getattr(corpus, split), columns)  # too short a text is an error now, not after an epoch
