@@ -281,11 +281,9 @@ def test_adjoint_by_hand_against_finite_differences(monkeypatch, small_chunks):
     target[2] = -100
     needs = (True, True, True)
     for smoothing in (0.0, 0.2):
-        for reduction in ("mean", "sum"):
-            torch.autograd.gradcheck(
-                lambda *x: module._Reduced.apply(*x, target, reduction, -100, smoothing, needs, "fallback")[0],  # noqa: B023
-                tensors,
-            )
+        for options in ((None, "mean"), (torch.tensor(3.0).double(), "mean"), (None, "sum")):
+            options = (*options, -100, smoothing, needs, "fallback")
+            torch.autograd.gradcheck(lambda *x: module._Reduced.apply(*x, target, *options)[0], tensors)  # noqa: B023
         torch.autograd.gradcheck(lambda *x: module._PerRow.apply(*x, target, -100, smoothing, "fallback"), tensors)  # noqa: B023
 
 

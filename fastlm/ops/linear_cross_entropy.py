@@ -70,16 +70,18 @@ _BLOCK = 8192  # classes whose part of dW is added at a time, where that is in f
 _REDUCTIONS = ("none", "mean", "sum")
 
 
-def reference(input, weight, target, bias, reduction, ignore_index, label_smoothing):
+def reference(input, weight, target, bias, reduction, ignore_index, label_smoothing, divisor=None):
     """The logits, all of them, and PyTorch's cross entropy."""
     state, rows, classes = _state_dtype(input), target.numel(), weight.shape[0]
     labels = target.reshape(rows).long()
     if not torch.compiler.is_compiling():  # there, PyTorch's own check has to do
         _check_targets(labels, classes, ignore_index)
-    options = dict(reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    options["reduction"] = reduction if divisor is None else "sum"
     with torch.autocast(input.device.type, enabled=False):
         logits = F.linear(input.to(state), weight.to(state), None if bias is None else bias.to(state))
         loss = F.cross_entropy(logits.reshape(rows, classes), labels, **options)
+        loss = loss if divisor is None else loss / divisor
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
@@ -310,10 +312,10 @@ class _Reduced(torch.autograd.Function):
     """mean and sum: the gradients are ready after the forward, up to the factor from above."""
 
     @staticmethod
-    def forward(input, weight, bias, target, reduction, ignore_index, label_smoothing, needs, impl):
-        count, scale = None, None
+    def forward(input, weight, bias, target, divisor, reduction, ignore_index, label_smoothing, needs, impl):
+        count, scale = divisor, None
         if reduction == "mean":
-            count = (target != ignore_index).sum().to(_state_dtype(input))
+            count = (target != ignore_index).sum().to(_state_dtype(input)) if count is None else count
             scale = count.reciprocal().expand(len(target))
         loss, *gradients = _linear_cross_entropy(
             input, weight, bias, target, scale, ignore_index, label_smoothing, *needs, impl
@@ -330,11 +332,11 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         *gradients, input, weight, bias = ctx.saved_tensors
         with torch.no_grad():
             gradients = _needed(ctx, _times(gradients, grad))
-        return *_Final.apply(input, weight, bias, *gradients), *(None,) * 6
+        return *_Final.apply(input, weight, bias, *gradients), *(None,) * 7
 
 
 class _PerRow(torch.autograd.Function):
@@ -359,6 +361,17 @@ class _PerRow(torch.autograd.Function):
         return *_Final.apply(input, weight, bias, *_needed(ctx, gradients)), *(None,) * 4
 
 
+def _divisor(divisor, reduction, input):
+    if reduction != "mean":
+        raise ValueError(f"divisor goes with reduction 'mean' alone, got {reduction!r}")
+    if not isinstance(divisor, torch.Tensor):  # full, as a tensor from a number would wait for a GPU
+        return torch.full((), float(divisor), dtype=_state_dtype(input), device=input.device)
+    _checks.same("divisor", divisor, "input", input, dtype=False)
+    if divisor.dim():
+        raise ValueError(f"divisor must be a scalar tensor, got shape {list(divisor.shape)}")
+    return divisor.detach().to(_state_dtype(input))
+
+
 def linear_cross_entropy(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -368,6 +381,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    divisor: torch.Tensor | float | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Cross entropy of `input @ weight.T + bias`, in nats, with a bounded chunk of the logits in memory.
@@ -380,6 +394,8 @@ def linear_cross_entropy(
         reduction: `"mean"` over the targets that are not ignored (NaN when there are none), `"sum"`, or `"none"`.
         ignore_index: target of the rows that count for nothing; it may lie inside the vocabulary.
         label_smoothing: weight of the uniform distribution in the target, in [0, 1].
+        divisor: what `"mean"` divides by instead, a number or a scalar tensor on the device of `input`: the rows of all
+            the pieces of a batch, whose means then add up to that of the batch.
         impl: `"auto"`, `"reference"`, `"cpu"` or `"triton"`.
 
     Returns:
@@ -409,11 +425,15 @@ def linear_cross_entropy(
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     label_smoothing = _checks.probability("label_smoothing", label_smoothing)
+    if divisor is not None:
+        divisor = _divisor(divisor, reduction, input)
     chosen = _lib.resolve("linear_cross_entropy", impl, input)
     if chosen == "reference":
-        return reference(input, weight, target, bias, reduction, ignore_index, label_smoothing)
+        return reference(input, weight, target, bias, reduction, ignore_index, label_smoothing, divisor)
     rows, labels = input.reshape(target.numel(), D), target.reshape(-1).long()
     if reduction == "none":
         return _PerRow.apply(rows, weight, bias, labels, ignore_index, label_smoothing, chosen).reshape(target.shape)
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in (input, weight, bias))
-    return _Reduced.apply(rows, weight, bias, labels, reduction, ignore_index, label_smoothing, needs, chosen)[0]
+    return _Reduced.apply(rows, weight, bias, labels, divisor, reduction, ignore_index, label_smoothing, needs, chosen)[
+        0
+    ]
