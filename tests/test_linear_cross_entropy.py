@@ -331,6 +331,7 @@ def test_chunks_keep_to_their_budget(itemsize):
     assert rows_of(5, 300) == 5
     for rows in (140, 1400):  # PyTorch holds all logits, twice at least
         assert rows_of(rows, 267_735) <= rows / 4
+    assert rows_of(31, 267_735) == 31  # a trip through W and dW less
 
 
 def test_same_bits_for_every_run_and_same_value_for_every_thread_count():

@@ -63,6 +63,7 @@ _lib.declare(
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 _CHUNK_ROWS = {"cpu": (192, 1024), "cuda": (1024, 8192)}  # fewer: too many trips through W; more gain nothing
 _LEAST_CHUNKS = {"cpu": 4, "cuda": 1}  # of a megabyte at least: PyTorch holds all logits, two or three times
+_FEW_ROWS = 32  # whose logits are small beside W and dW, which each chunk goes through
 _ROUNDED_CHUNKS = 6  # that may add up dW in 16 bits
 _LIFT = 2.0**15  # of the largest float16 gradient of a logit: 2^-39 keeps all its digits then
 _ROOM = 16  # a row of logits starts at a multiple of so many, for loads and stores of 16 bytes
@@ -133,7 +134,7 @@ def _chunks(rows, classes, device, itemsize):
     kind = "cpu" if device == "cpu" else "cuda"
     (least, most), budget = _CHUNK_ROWS[kind], _CHUNK_BYTES[kind]
     size = max(least, min(most, budget // (itemsize * max(1, classes))))
-    count = max(-(-rows // size), min(_LEAST_CHUNKS[kind], rows, rows * classes * itemsize >> 20))
+    count = max(-(-rows // size), min(_LEAST_CHUNKS[kind], rows // _FEW_ROWS, rows * classes * itemsize >> 20))
     return [rows * i // count for i in range(count + 1)] if rows else [0]
 
 
