@@ -1,5 +1,6 @@
 """Drop-in modules over the operators."""
 
+from fastlm.nn.adaptive_softmax import AdaptiveSoftmax
 from fastlm.nn.cache import CacheRing, CacheState, CacheTuning, NeuralCache
 from fastlm.nn.dropout import EmbeddingDropout, LockedDropout, WeightDrop
 from fastlm.nn.lstm import LSTM
@@ -11,6 +12,7 @@ from fastlm.nn.softmax import LinearCrossEntropyLoss
 __all__ = [
     "LSTM",
     "QRNN",
+    "AdaptiveSoftmax",
     "CacheRing",
     "CacheState",
     "CacheTuning",

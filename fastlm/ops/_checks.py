@@ -1,5 +1,7 @@
 """Argument checks shared by the public operators: each names the argument, what it got and what it wanted."""
 
+from collections.abc import Sequence
+
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -49,6 +51,14 @@ def within(name: str, x: torch.Tensor, low: int, high: int, what: str) -> None:
     least, most = (int(bound) for bound in x.aminmax())
     if least < low or most >= high:
         raise ValueError(f"{name} must lie in [{low}, {high}), {what}, got {least if least < low else most}")
+
+
+def cutoffs(values: Sequence[int], classes: int) -> tuple[int, ...]:
+    """Return first ids of clusters as a tuple; raise ValueError unless they increase and lie in [1, classes)."""
+    found = tuple(int(value) for value in values)
+    if list(found) != sorted(set(found)) or any(not 0 < value < classes for value in found):
+        raise ValueError(f"cutoffs must increase and lie in [1, {classes}), the vocabulary, got {list(values)}")
+    return found
 
 
 def probability(name: str, p: float) -> float:
