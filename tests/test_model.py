@@ -14,6 +14,7 @@ from fastlm.ops import philox
 CELLS = ["lstm", "qrnn", "gru"]
 DROPOUTS = ("embedding", "input", "hidden", "output", "weight")
 OFF = {f"{name}_dropout": 0.0 for name in DROPOUTS}
+WIKITEXT_103 = (2800, 20_000, 76_000)
 TOKENS = torch.randint(11, (6, 3), generator=torch.Generator().manual_seed(1))
 TARGETS = torch.randint(11, (6, 3), generator=torch.Generator().manual_seed(2))
 
@@ -35,6 +36,10 @@ def close(actual, expected):
         (33_354_628, {"vocab_size": 33_278, "cell": "qrnn", "hidden_size": 1550, "num_layers": 4}),
         (13_787_851, {"vocab_size": 51, "embedding_size": 200, "hidden_size": 1000}),
         (47_270_045, {"vocab_size": 205, "hidden_size": 1840}),
+        (
+            153_886_638,
+            {"vocab_size": 267_735, "cell": "qrnn", "hidden_size": 2500, "num_layers": 4, "cutoffs": WIKITEXT_103},
+        ),
     ],
 )
 def test_published_parameter_counts(parameters, options):

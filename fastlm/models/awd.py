@@ -35,6 +35,7 @@ class LanguageModelConfig:
         ar, tar: factors of the activation and temporal activation regularisers.
         window: inputs that each step of the first QRNN layer sees; the others see one.
         zoneout: of a QRNN.
+        cutoffs: of an `nn.AdaptiveSoftmax` in the place of the decoder's softmax, which it is without any.
     """
 
     vocab_size: int
@@ -52,6 +53,7 @@ class LanguageModelConfig:
     tar: float = 1.0
     window: int = 2
     zoneout: float = 0.0
+    cutoffs: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.cell not in ("lstm", "qrnn", "gru"):
@@ -62,6 +64,7 @@ class LanguageModelConfig:
         for name in ("embedding", "input", "hidden", "output", "weight"):
             _checks.probability(f"{name}_dropout", getattr(self, f"{name}_dropout"))
         _checks.probability("zoneout", self.zoneout)
+        object.__setattr__(self, "cutoffs", _checks.cutoffs(self.cutoffs, self.vocab_size))
 
     @property
     def output_size(self) -> int:
@@ -138,6 +141,10 @@ class LanguageModel(torch.nn.Module):
         weight = None if config.tie_weights else torch.empty(config.vocab_size, config.output_size, **factory)
         self.decoder_weight = None if weight is None else torch.nn.Parameter(weight)
         self.decoder_bias = torch.nn.Parameter(torch.zeros(config.vocab_size, **factory))
+        self.softmax = None
+        if config.cutoffs:
+            sizes = (config.output_size, config.vocab_size, config.cutoffs)
+            self.softmax = nn.AdaptiveSoftmax(*sizes, tied=True, **factory)
         self.reset_parameters()
 
     def _layer(self, index, inputs, outputs, factory):
@@ -152,11 +159,13 @@ class LanguageModel(torch.nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draws embedding and decoder from U(-0.1, 0.1), biases of the decoder 0; layers keep PyTorch's ways."""
+        """Draws embedding and decoder from U(-0.1, 0.1), biases and tails are 0; layers keep PyTorch's ways."""
         torch.nn.init.uniform_(self.encoder.embedding.weight, -0.1, 0.1)
         if self.decoder_weight is not None:
             torch.nn.init.uniform_(self.decoder_weight, -0.1, 0.1)
         torch.nn.init.zeros_(self.decoder_bias)
+        if self.softmax is not None:
+            self.softmax.reset_parameters()
 
     @property
     def output_weight(self) -> Tensor:
@@ -210,13 +219,16 @@ class LanguageModel(torch.nn.Module):
         return ModelOutput(self.output_dropout(x, column), x, tuple(after))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every word, `[..., V]`, for `hidden [..., D]`."""
+        """Scores of every word, `[..., V]`, for `hidden [..., D]`; log probabilities of a model with cutoffs."""
+        if self.softmax is not None:
+            return self.softmax.log_prob(hidden, self.output_weight, self.decoder_bias)
         return _matmul.linear(hidden, self.output_weight, self.decoder_bias)
 
     def loss(self, tokens: Tensor, targets: Tensor, state: State | None = None, *, column: int = 0) -> LossOutput:
         """The training loss of the next `[T, B]` tokens, whose next words are `targets [T, B]`.
 
-        Over equal parts of a batch (see `forward`) the mean of their losses is the loss of the batch.
+        Over equal parts of a batch (see `forward`) the mean of their losses is the loss of the batch. Targets may be on
+        the host: an adaptive softmax sorts them there, for less work (see `nn.AdaptiveSoftmax`).
         """
         output = self(tokens, state, column=column)
         nll = self._cross_entropy(output.hidden, targets, "mean")
@@ -228,14 +240,19 @@ class LanguageModel(torch.nn.Module):
         return LossOutput(loss, nll.detach(), output.state)
 
     def score(self, tokens: Tensor, targets: Tensor, state: State | None = None) -> ScoreOutput:
-        """The loss of each word of `targets [T, B]`, with no logits in memory; for evaluation, under `eval()`."""
+        """The loss of each word of `targets [T, B]`, with no logits in memory; for evaluation, under `eval()`.
+
+        Targets may be on the host, as in `loss`.
+        """
         output = self(tokens, state)
         return ScoreOutput(self._cross_entropy(output.hidden, targets, "none"), output.raw, output.state)
 
     def _cross_entropy(self, hidden, targets, reduction):
-        return ops.linear_cross_entropy(
-            hidden, self.output_weight, targets, bias=self.decoder_bias, reduction=reduction
-        )
+        weight, bias = self.output_weight, self.decoder_bias
+        if self.softmax is not None:
+            return self.softmax(hidden, targets, weight, bias, reduction=reduction)
+        targets = targets.to(hidden.device, non_blocking=True)
+        return ops.linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction)
 
 
 def _mean_square(x):

@@ -155,11 +155,10 @@ def _score(model: LanguageModel, ids: Tensor, columns: int, bptt: int) -> Iterat
     """targets [T, B], nll [T, B] and raw hidden [T, B, D] of one window after the other, on the model's device."""
     device, state = _zero(model).device, None
     for inputs, targets in eval_windows(ids, columns, bptt):
-        inputs, targets = inputs.to(device), targets.to(device)
         with torch.no_grad():
-            out = model.score(inputs, targets, state)
+            out = model.score(inputs.to(device), targets, state)
         state = out.state
-        yield targets, out.nll, out.raw
+        yield targets.to(device), out.nll, out.raw
 
 
 @contextmanager

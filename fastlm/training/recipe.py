@@ -55,6 +55,7 @@ class Recipe:
     hidden_size: int = _key(1150, least=1)
     num_layers: int = _key(3, least=1)
     tie_weights: bool = _key(True)
+    cutoffs: tuple[int, ...] = _key((), least=1)  # of an adaptive softmax; none: a plain one
     window: int = _key(2, least=1)
     zoneout: float = _probability(0.0)
     embedding_dropout: float = _probability(0.1)
@@ -95,6 +96,8 @@ class Recipe:
         check_fields(self)
         if self.when and self.optimizer in ("nt-asgd", "asgd"):
             raise RecipeError(f"'when' goes with optimizer sgd or adam, not with {self.optimizer}")
+        if list(self.cutoffs) != sorted(set(self.cutoffs)):
+            raise RecipeError(f"cutoffs must increase, got {list(self.cutoffs)}")
         if self.max_vocabulary in (1, 2):
             raise RecipeError(f"max_vocabulary must be 0 or at least 3, got {self.max_vocabulary}")
         if (self.min_count, self.max_vocabulary) != (1, 0) and (self.compat or self.level == "byte"):

@@ -199,8 +199,9 @@ class Trainer:
         with Progress(f"epoch {self.epoch + 1}", total, self._epoch.tokens) as progress:
             before = time.perf_counter()
             for inputs, targets, lr_scale in self.loader:
-                own = [ids[:, self._columns].to(self.device) for ids in (inputs, targets)]
-                nll = self._train_step(*own, lr_scale)
+                # The targets stay on the host: an adaptive softmax sorts them there.
+                own = [ids[:, self._columns] for ids in (inputs, targets)]
+                nll = self._train_step(own[0].to(self.device), own[1], lr_scale)
                 now = time.perf_counter()
                 stop, seconds = self.ranks.agree(bool(self._stop), now - before)
                 self._count(nll, targets.numel(), seconds)
