@@ -58,13 +58,14 @@ def test_rows_of_tricks_that_a_recipe_has_not_are_left_out():
 
 def test_every_row_is_a_run_beside_the_published_differences(command, tmp_path, monkeypatch, capsys):
     only = ["--only", "weight-dropout", "embedding-dropout", "nt-asgd"]
-    settings = ["--set", "embedding_dropout=0", "--finetune", "--epochs", "2", *only]
+    sets = ["--set", "embedding_dropout=0", "--set", "finetune.epochs=5"]
+    settings = [*sets, "--finetune", "--epochs", "2", *only]
     assert cli.main(command("rows", *settings, "--json")) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads((tmp_path / "results" / "tiny-ablation.json").read_text())
     assert json.loads(last).items() >= found.items()
     assert (tmp_path / "results" / "tiny-ablation.png").read_bytes().startswith(b"\x89PNG")
-    assert {"recipe": "tiny", "overrides": {"embedding_dropout": 0}}.items() <= found.items()
+    assert {"recipe": "tiny", "overrides": {"embedding_dropout": 0, "finetune.epochs": 5}}.items() <= found.items()
     assert found["budget"] == {"epochs": 2, "max_seconds": 0.0}
     assert found["left_out"] == {"embedding-dropout": "embedding_dropout is 0.0 in the recipe"}
     assert any(line.startswith("left out: - embedding dropout: ") for line in lines)
