@@ -16,6 +16,7 @@ PARAMETERS = {
     "ptb-qrnn": (10_000, 24_020_150, 0),
     "wt2-lstm": (33_278, 33_556_078, 0),
     "wt2-qrnn": (33_278, 33_354_628, 0),
+    "wt103-qrnn": (267_735, 153_886_638, 0),
     "enwik8-lstm": (205, 47_270_045, 0),
     "enwik8-qrnn": (205, 26_000_000, 0.001),
     "ptbc-lstm": (51, 13_787_851, 0),
@@ -33,8 +34,8 @@ def write(tmp_path, text):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_packaged_recipes_load_and_make_a_model_config(name):
-    config = load_recipe(name).model_config(1000)
-    assert config.vocab_size == 1000
+    config = load_recipe(name).model_config(100_000)
+    assert config.vocab_size == 100_000
     assert config.cell in name
 
 
@@ -98,6 +99,8 @@ def test_published_hyper_parameters():
         500,
     )
     assert (wt2.num_layers, wt2.hidden_size, wt2.weight_dropout, wt2.batch_size) == (4, 1550, 0.1, 40)
+    wt103 = load_recipe("wt103-qrnn")
+    assert (wt103.optimizer, wt103.when, wt103.cutoffs) == ("adam", (12,), (2800, 20000, 76000))
     assert (wt2.cache_theta, wt2.cache_lambda, wt2.cache_window) == (0.662, 0.1279, 3785)
 
 
