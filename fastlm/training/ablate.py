@@ -16,7 +16,7 @@ from fastlm.training.keys import check_known
 from fastlm.training.parallel import Ranks
 from fastlm.training.recipe import Recipe, RecipeFile, finetune_recipe, override, read_recipe
 from fastlm.training.reproduce import head
-from fastlm.training.run import read_run
+from fastlm.training.run import has_run, read_run
 from fastlm.training.stages import fit_stage, stage_record
 
 FULL, FINETUNING = "full", "finetuning"
@@ -88,7 +88,7 @@ def train_rows(
         recipes[FINETUNING] = finetune_recipe(recipes[FULL], {**(file.finetune or {}), **budget})
     for row, recipe in recipes.items():
         recipe.model_config(len(corpus.vocabulary))  # one that makes no model is an error now, not after hours
-        if (folders[row] / "config.toml").exists():
+        if has_run(folders[row]):
             before = read_run(folders[row]).recipe
             if any(getattr(before, key) != value for key, value in budget.items()):
                 known = ", ".join(f"{key} {getattr(before, key):g}" for key in budget)

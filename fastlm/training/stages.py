@@ -14,7 +14,7 @@ from fastlm.training.parallel import Ranks
 from fastlm.training.progress import say
 from fastlm.training.recipe import Recipe
 from fastlm.training.report import read_events, write_report
-from fastlm.training.run import check_same_run, read_json, read_run
+from fastlm.training.run import check_same_run, has_run, read_json, read_run
 from fastlm.training.trainer import Trainer
 
 _EPOCH_KEYS = ("epoch", "step", "lr", "valid_nll", "valid_ppl", "valid_bpc", "averaging", "seconds", "wall_seconds")
@@ -33,7 +33,7 @@ def fit_stage(folder: Path, recipe: Recipe, corpus: Corpus, *, ranks: Ranks, **o
     """
     if is_finished(folder, recipe, corpus):
         return
-    resume = (folder / "config.toml").exists()
+    resume = has_run(folder)
     if resume:
         say(f"{folder} is there already: going on with it (delete it to train from the start)")
         options["start"] = None
@@ -50,7 +50,7 @@ def is_finished(folder: Path, recipe: Recipe, corpus: Corpus) -> bool:
     Raises:
         RecipeError, DataError: the run in the folder cannot go on as one of this recipe, or is of another text.
     """
-    if not (folder / "config.toml").exists():
+    if not has_run(folder):
         return False
     config, results = read_run(folder), read_json(folder / "results.json")
     check_same_run(config, replace(config, recipe=recipe, digest=corpus.digest))
