@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from textwrap import fill
 from typing import Any
 
 from fastlm.training.progress import duration
@@ -55,10 +56,15 @@ def draw_reproduction(found: dict[str, Any]) -> bytes | None:
     averaged = [i for i, epoch in enumerate(found["stages"]["base"]["curve"], 1) if epoch["averaging"]]
     if averaged:
         axes.axvline(averaged[0], color="grey", linestyle=":", label="first averaged validation")
-    axes.set(xlabel="epoch", ylabel=f"validation {UNITS[unit]}", title=_title(found))
+    axes.set(xlabel="epoch", ylabel=f"validation {UNITS[unit]}", title=fill(_title(found), 100, break_on_hyphens=False))
     axes.title.set_fontsize(10)
     if unit == "ppl":
+        from matplotlib.ticker import LogLocator
+
         axes.set_yscale("log", base=2)
+        low, high = axes.get_ylim()
+        # A range without a power of 2 has ticks too.
+        axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.25, 1.5, 1.75) if high < 8 * low else (1, 1.5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3, which="both")
@@ -95,7 +101,8 @@ def draw_ablation(found: dict[str, Any]) -> bytes | None:
         handles, labels = panels[0].get_legend_handles_labels()
         labels[-1] += f" ({published['recipe']}, arXiv 1708.02182)"
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    figure.suptitle(f"Each trick off in turn: {_title(found)}, {_budget(found['budget'])} a row", fontsize=12)
+    title = f"Each trick off in turn: {_title(found)}, {_budget(found['budget'])} a row"
+    figure.suptitle(fill(title, 110, break_on_hyphens=False), fontsize=12)
     return _png(figure)
 
 
