@@ -3,7 +3,7 @@
 from fastlm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastlm.training.evaluate import Evaluation, cache_evaluate, evaluate, tune_cache
 from fastlm.training.generate import generate
-from fastlm.training.recipe import Recipe, finetune_recipe, load_recipe, make_recipe, recipe_names
+from fastlm.training.recipe import Recipe, finetune_recipe, load_recipe, make_recipe, read_recipe, recipe_names
 from fastlm.training.report import write_report
 from fastlm.training.run import read_run, run_corpus, run_model, run_vocabulary
 from fastlm.training.trainer import Interrupted, Trainer
@@ -21,6 +21,7 @@ __all__ = [
     "load_recipe",
     "load_weights",
     "make_recipe",
+    "read_recipe",
     "read_run",
     "recipe_names",
     "run_corpus",
