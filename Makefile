@@ -2,6 +2,8 @@
 #   make demo      train two small models on a corpus that needs no download, tune the cache, print one table
 #   make test      every test, on as many processes as there are cores
 #   make bench     time everything beside its competitors; ARGS="--quick" for the lines with a target alone
+#   make reproduce RECIPE=ptb-lstm DATA=folder   train, finetune, tune the cache, write benchmarks/results/reproduction;
+#                  interrupted, the same command goes on
 #   make gpu       on a machine with a GPU, within nine minutes and without a network: build with the packages that are
 #                  there, run every test marked gpu, the kernels under compute-sanitizer, then the benchmarks; ONLY="test"
 #                  or ONLY="qrnn_pool lstm" runs a part, OUT=... is another folder for the results, ARGS="--device cpu"
@@ -20,6 +22,8 @@ VENV ?= .venv
 ARGS ?=
 ONLY ?=
 OUT ?=
+RECIPE ?=
+DATA ?=
 
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.24" ninja pybind11
 BIN := $(abspath $(VENV))/bin
@@ -30,7 +34,7 @@ STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/torch-$(subst /,_,$(TORCH))
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test bench gpu sanitize lint clean
+.PHONY: demo test bench reproduce gpu sanitize lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/fastlm
@@ -42,6 +46,9 @@ test: $(STAMPS)/fastlm
 
 bench: $(STAMPS)/bench
 	$(BIN)/fastlm bench $(ARGS)
+
+reproduce: $(STAMPS)/fastlm
+	$(BIN)/fastlm reproduce --recipe "$(RECIPE)" --data "$(DATA)" $(ARGS)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --only "$(ONLY)" $(if $(OUT),--out "$(OUT)") $(ARGS)
