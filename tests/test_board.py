@@ -56,8 +56,11 @@ def test_figures_of_the_run_are_written(tmp_path, corpus, writers):
     for event, key, tag in [
         ("train", "loss", "train/loss"),
         ("train", "ppl", "train/ppl"),
+        ("train", "bpc", "train/bpc"),
         ("train", "lr", "lr"),
         ("epoch", "ppl", "epoch/train_ppl"),
+        ("epoch", "bpc", "epoch/train_bpc"),
+        ("epoch", "valid_bpc", "valid/bpc"),
         ("epoch", "valid_nll", "valid/loss"),
         ("epoch", "valid_ppl", "valid/ppl"),
     ]:

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -68,7 +69,7 @@ def test_train_evaluate_cache_generate(run, text, capsys):
     scored = last_json(capsys)
     assert scored["nll"] == results["test"]["nll"] and scored["split"] == "test"
     assert cli.main(["eval", "--run", str(run), "--split", "valid"]) == 0
-    assert f"perplexity {results['valid']['ppl']:.2f}" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"valid: perplexity {results['valid']['ppl']:.2f}, loss ")
 
     assert cli.main(["cache", "--run", str(run), "--tune", "--json"]) == 0
     tuned = last_json(capsys)
@@ -268,12 +269,42 @@ def test_characters_and_bytes(tmp_path, text, level, capsys):
     out = tmp_path / level
     settings = [*SETTINGS, f"--set=level={level}", "--set=epochs=1", "--set=bptt=40"]
     assert cli.main(["train", "--data", str(text), "--recipe", "ptb-lstm", "--out", str(out), *settings]) == 0
-    assert f"bits per {level}" in capsys.readouterr().out
+    captured, results = capsys.readouterr(), json.loads((out / "results.json").read_text())
+    assert (
+        f"test: bits per character {results['test']['bpc']:.4f}, perplexity {results['test']['ppl']:.2f}"
+        in captured.out
+    )
+    lines = captured.err.splitlines()
+    assert " ppl " not in captured.err and any("| bpc " in line for line in lines if "ETA" in line)
+    assert any(f"| valid bpc {results['valid']['bpc']:.4f} |" in line for line in lines)
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(event["bpc"] == pytest.approx(event["loss"] / math.log(2)) for event in events)
+    assert cli.main(["eval", "--run", str(out)]) == 0
+    assert f"test: bits per character {results['test']['bpc']:.4f}, " in capsys.readouterr().out
+    assert cli.main(["cache", "--run", str(out), "--window", "50"]) == 0
+    assert f"test: bits per character {results['test']['bpc']:.4f}, with the cache " in capsys.readouterr().out
+    assert "<h2>Bits per character</h2>" in (out / "report.html").read_text()
     assert (
         cli.main(["generate", "--run", str(out), "--prompt", "the c", "--tokens", "20", "--seed", "1", "--json"]) == 0
     )
     result = last_json(capsys)
     assert result["text"].startswith("the c") and len(result["text"]) > 5
+
+
+def test_one_file_is_a_corpus_of_bytes(text, tmp_path, monkeypatch, capsys):
+    file, out = tmp_path / "enwik8", tmp_path / "run"
+    file.write_bytes((text / "train.txt").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "--data", "enwik8", "--recipe", "ptb-lstm", "--out", str(out), *SETTINGS, "--set=epochs=1"]
+    assert "enwik8: one file is a corpus at the byte level alone" in fails(capsys, *train)
+    assert "needs more than its" in fails(capsys, *train, "--set=level=byte")
+    assert not out.exists()
+    monkeypatch.setattr("fastlm.data.corpus.HELD_OUT", 300)
+    assert cli.main([*train, "--set=level=byte", "--set=bptt=40"]) == 0
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    assert cli.main(["eval", "--run", str(out), "--json"]) == 0
+    assert last_json(capsys)["tokens"] == 299  # the first is never predicted
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["eval"], ["eval", "--run", "x", "--split", "nope"]])

@@ -68,9 +68,9 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def new_run(folder, metrics=METRICS):
+def new_run(folder, metrics=METRICS, level="word"):
     vocabulary = Vocabulary(["<eos>", "a"], [1, 1])
-    create_run(folder, RunConfig(make_recipe(SMALL), "stdlib", "0", 2), vocabulary)
+    create_run(folder, RunConfig(make_recipe({**SMALL, "level": level}), "stdlib", "0", 2), vocabulary)
     for record in metrics:
         MetricsFile(folder / "metrics.jsonl").write(record)
     return folder
@@ -120,6 +120,34 @@ def test_without_matplotlib_there_is_a_note_and_a_report(tmp_path, monkeypatch, 
 def test_no_run(tmp_path):
     with pytest.raises(FastlmError, match="no run in"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("unit", "name", "trained", "valid", "scale"),
+    [
+        ("ppl", "perplexity", [300.0, 200.0], [220.0, 180.0], "log"),
+        ("bpc", "bits per character", [None, 7.6], [7.8, 7.5], "linear"),  # the first line is of an older version
+    ],
+)
+def test_the_curves_have_the_unit_of_the_level(monkeypatch, unit, name, trained, valid, scale):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, *a, **k: (drawn.append((axes, *a)), plot(axes, *a, **k))[1])
+    assert draw_curves([METRICS[0], {**METRICS[1], "bpc": 7.6}, *METRICS[2:]], unit)
+    axes = drawn[0][0]
+    assert [list(values) for _, _, values, _ in drawn] == [trained, valid]
+    assert (axes.get_ylabel(), axes.get_yscale()) == (name, scale)
+
+
+@pytest.mark.parametrize("level", ["char", "byte"])
+def test_a_report_of_characters_or_bytes(tmp_path, level):
+    run = new_run(tmp_path / "a", level=level)
+    write_report(run)
+    text = (run / "report.html").read_text()
+    assert "<h2>Bits per character</h2>" in text and "<th>bits per character</th>" in text and "7.5000" in text
+    assert "<h2>Perplexity" not in text
+    assert (run / "loss.png").read_bytes() == draw_curves(METRICS, "bpc") != draw_curves(METRICS)
 
 
 def test_metrics_that_end_in_the_middle_of_a_line(tmp_path):

@@ -182,7 +182,7 @@ def fails_last(capsys, *arguments):
 
 def test_published_recipes_name_the_unit_of_their_level():
     files = [read_recipe(name) for name in recipe_names()]
-    assert all(file.published.unit == file.unit for file in files if file.published)
+    assert all(file.published.unit == file.recipe.unit for file in files if file.published)
 
 
 def test_results_go_into_the_source_tree_or_the_run(tmp_path, monkeypatch):

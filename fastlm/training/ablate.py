@@ -119,8 +119,8 @@ def compare(
     records = {row: stage_record(folder) for row, folder in folders.items()}
     rows = []
     for row, record in records.items():
-        scores = {split: record[split][file.unit] for split in _SPLITS}
-        delta = {split: scores[split] - records[FULL][split][file.unit] for split in _SPLITS}
+        scores = {split: record[split][file.recipe.unit] for split in _SPLITS}
+        delta = {split: scores[split] - records[FULL][split][file.recipe.unit] for split in _SPLITS}
         published = None
         if row in table:
             published = {split: table[row][i] - table[FULL][i] for i, split in enumerate(_SPLITS)}
@@ -169,7 +169,7 @@ def _pair(deltas: Mapping[str, float] | None) -> str:
 
 
 def _published(file: RecipeFile) -> tuple[str | None, dict[str, tuple[float, float]]]:
-    if file.unit != "ppl":
+    if file.recipe.unit != "ppl":
         return None, {}
     name = "wt2-lstm" if file.stem.startswith("wt2") else "ptb-lstm"
     return name, read_recipe(name).published.ablation

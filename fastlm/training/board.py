@@ -9,8 +9,17 @@ from typing import Any
 from fastlm.training.parallel import Ranks
 
 TAGS = {  # by the event of a line of metrics.jsonl, then by its key
-    "train": {"loss": "train/loss", "ppl": "train/ppl", "lr": "lr", "tokens_per_second": "tokens_per_second"},
-    "epoch": {"ppl": "epoch/train_ppl", "valid_nll": "valid/loss", "valid_ppl": "valid/ppl"},
+    "train": {
+        "loss": "train/loss",
+        "ppl": "train/ppl",
+        "bpc": "train/bpc",
+        "lr": "lr",
+        "tokens_per_second": "tokens_per_second",
+    },
+    "epoch": {
+        **{"ppl": "epoch/train_ppl", "bpc": "epoch/train_bpc"},
+        **{"valid_nll": "valid/loss", "valid_ppl": "valid/ppl", "valid_bpc": "valid/bpc"},
+    },
 }
 
 

@@ -16,7 +16,7 @@ from fastlm.nn import NeuralCache
 from fastlm.training import ablate as ablation
 from fastlm.training import demo as demonstration
 from fastlm.training.caching import cache_run
-from fastlm.training.evaluate import Evaluation
+from fastlm.training.evaluate import UNITS, Evaluation
 from fastlm.training.evaluate import evaluate as score
 from fastlm.training.generate import generate as sample
 from fastlm.training.listing import list_recipes, table
@@ -147,7 +147,7 @@ def evaluate(args: Namespace) -> Result:
     columns = args.batch_size or (recipe.test_batch_size if args.split == "test" else recipe.eval_batch_size)
     with Progress(args.split, len(ids)) as progress:
         result = score(model, ids, columns, args.bptt or recipe.bptt, recipe.compat or None, progress.advance)
-    print(_line(args.split, result, recipe.level))
+    print(_line(args.split, result, recipe.unit))
     return 0, {"split": args.split, "batch_size": columns, **result.to_dict()}
 
 
@@ -155,15 +155,18 @@ def cache(args: Namespace) -> Result:
     """Scores a split with the cache behind the best weights."""
     if args.tune and args.lambda_ is not None:
         raise FastlmError("--tune finds lambda by itself; theta and window may be given with it")
-    corpus = run_corpus(read_run(args.run), _source(args.data))
+    config = read_run(args.run)
+    corpus, unit = run_corpus(config, _source(args.data)), config.recipe.unit
     settings, model = _cache(args), run_model(args.run, _device(args))
     grid = {"thetas": None if args.theta is None else [args.theta], "windows": args.window and [args.window]}
     result = cache_run(args.run, model, corpus, settings, [args.split], tune=args.tune, **grid)
     print(f"theta {result['theta']:.4g}, lambda {result['lambda']:.4g}, window {result['window']}")
     for split in ("valid", "test"):
         if split in result:
-            plain, cached = result[split]["plain"]["ppl"], result[split]["cached"]["ppl"]
-            print(f"{split}: perplexity {plain:.2f}, with the cache {cached:.2f} ({cached / plain - 1:+.1%})")
+            digits = 2 if unit == "ppl" else 4
+            plain, cached = (result[split][kind][unit] for kind in ("plain", "cached"))
+            gain = f"{cached / plain - 1 if plain else 0:+.1%}"  # a text may cost no bits at all
+            print(f"{split}: {UNITS[unit]} {plain:.{digits}f}, with the cache {cached:.{digits}f} ({gain})")
     return 0, {key: value for key, value in result.items() if key != "passage"}
 
 
@@ -228,14 +231,14 @@ def _fit(trainer: Trainer, again: str) -> Result:
     if not trainer.ranks.first:
         return 0, None
     write_report(trainer.run_dir)
-    print(_line("valid", trainer.best, trainer.recipe.level))
-    print(_line("test", test, trainer.recipe.level))
+    print(_line("valid", trainer.best, trainer.recipe.unit))
+    print(_line("test", test, trainer.recipe.unit))
     return 0, {"run": str(trainer.run_dir), **read_json(trainer.run_dir / "results.json")}
 
 
-def _line(split: str, result: Evaluation, level: str) -> str:
-    bits = "" if level == "word" else f", {result.bpc:.4f} bits per {level}"
-    return f"{split}: perplexity {result.ppl:.2f}, loss {result.nll:.4f}{bits}, {result.tokens:,} tokens"
+def _line(split: str, result: Evaluation, unit: str) -> str:
+    bits = "" if unit == "ppl" else f"{UNITS[unit]} {result.bpc:.4f}, "
+    return f"{split}: {bits}perplexity {result.ppl:.2f}, loss {result.nll:.4f}, {result.tokens:,} tokens"
 
 
 def _check_out(args: Namespace) -> None:

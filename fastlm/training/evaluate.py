@@ -17,6 +17,7 @@ from fastlm.data import eval_windows
 from fastlm.models import LanguageModel
 from fastlm.nn import CacheTuning, NeuralCache
 
+UNITS = {"ppl": "perplexity", "bpc": "bits per character"}
 CHUNK = 1024  # tokens per forward pass of a single stream; results do not depend on it
 
 
@@ -35,7 +36,7 @@ class Evaluation:
     @property
     def bpc(self) -> float:
         """Bits per token; per character where the tokens are characters."""
-        return self.nll / math.log(2)
+        return bits(self.nll)
 
     def to_dict(self) -> dict[str, float]:
         """All four figures, for JSON."""
@@ -45,6 +46,16 @@ class Evaluation:
 def perplexity(nll: float) -> float:
     """exp(nll), infinite where a float cannot hold it."""
     return math.exp(nll) if nll < 709 else math.inf
+
+
+def bits(nll: float) -> float:
+    """Nats in bits."""
+    return nll / math.log(2)
+
+
+def figure(nll: float, unit: str, digits: int = 2) -> str:
+    """A loss in its unit: `ppl 61.20`, or `bpc 1.1750` with two digits more."""
+    return f"ppl {perplexity(nll):.{digits}f}" if unit == "ppl" else f"bpc {bits(nll):.{digits + 2}f}"
 
 
 def evaluate(

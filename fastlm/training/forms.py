@@ -24,7 +24,7 @@ FORMS: dict[str, Form] = {
     "vocabulary.json": {"level": str, "words": [str], "counts": [int]},
 }
 EVENTS: dict[str, Form] = {  # the lines of metrics.jsonl, as far as the report reads them
-    "train": {"step": int, "ppl": FIGURE},
+    "train": {"step": int, "ppl": FIGURE, "bpc?": FIGURE},
     "epoch": {"step": int, "averaging": bool, "valid_nll": FIGURE, "valid_ppl": FIGURE, "valid_bpc": FIGURE},
 }
 EPOCH: Form = {**EVENTS["epoch"], "epoch": int, "lr": float, "ppl": FIGURE, "seconds": float, "wall_seconds": float}

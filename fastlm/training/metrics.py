@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.training.evaluate import perplexity
+from fastlm.training.evaluate import bits, perplexity
 
 
 class Sums:
@@ -36,10 +36,10 @@ class Sums:
         return [self.loss.item(), self.tokens, self.seconds]
 
     def figures(self) -> dict[str, float]:
-        """Mean loss (nats), perplexity, tokens per second."""
+        """Mean loss (nats), perplexity, bits per token, tokens per second."""
         loss = self.loss.item() / max(self.tokens, 1)
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        return {"loss": loss, "ppl": perplexity(loss), "tokens_per_second": rate}
+        return {"loss": loss, "ppl": perplexity(loss), "bpc": bits(loss), "tokens_per_second": rate}
 
 
 class MetricsFile:

@@ -6,28 +6,29 @@ from io import BytesIO
 from textwrap import fill
 from typing import Any
 
+from fastlm.training.evaluate import UNITS
 from fastlm.training.progress import duration
 
 COLOURS = ("#3b6fb6", "#d98032", "#5b9a5b")
-UNITS = {"ppl": "perplexity", "bpc": "bits per character"}
 MISSING = "they need matplotlib (pip install matplotlib)"
 
 
-def draw_curves(metrics: list[dict[str, Any]]) -> bytes | None:
-    """Perplexity of training and validation over the steps as a PNG; None without matplotlib."""
+def draw_curves(metrics: list[dict[str, Any]], unit: str = "ppl") -> bytes | None:
+    """Training and validation over the steps as a PNG, in "ppl" or "bpc"; None without matplotlib."""
     figure = _figure(8, 4)
     if figure is None:
         return None
     axes = figure.add_subplot()
-    for event, key, label, style in [("train", "ppl", "training", "-"), ("epoch", "valid_ppl", "validation", "o-")]:
-        points = [(r["step"], r[key]) for r in metrics if r["event"] == event]
+    for event, key, label, style in [("train", unit, "training", "-"), ("epoch", f"valid_{unit}", "validation", "o-")]:
+        points = [(r["step"], r.get(key)) for r in metrics if r["event"] == event]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     averaged = [r["step"] for r in metrics if r.get("averaging")]
     if averaged:
         axes.axvline(averaged[0], color="grey", linestyle=":", label="first averaged validation")
-    axes.set(xlabel="step", ylabel="perplexity")
-    axes.set_yscale("log", base=2)
+    axes.set(xlabel="step", ylabel=UNITS[unit])
+    if unit == "ppl":  # bits are a logarithm already
+        axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     if axes.get_legend_handles_labels()[0]:

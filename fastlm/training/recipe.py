@@ -103,6 +103,11 @@ class Recipe:
         if (self.min_count, self.max_vocabulary) != (1, 0) and (self.compat or self.level == "byte"):
             raise RecipeError("min_count and max_vocabulary go neither with compat nor with the byte level")
 
+    @property
+    def unit(self) -> str:
+        """In what its figures are given: "ppl", for characters and bytes "bpc"."""
+        return "ppl" if self.level == "word" else "bpc"
+
     def corpus_settings(self) -> dict[str, Any]:
         """The keyword arguments of `load_corpus` for the text of this recipe."""
         # The default count is left to load_corpus, which has one of its own for "stdlib".
@@ -144,11 +149,6 @@ class RecipeFile:
     def stem(self) -> str:
         """The name without folder and suffix, where it is a path."""
         return Path(self.name).name.removesuffix(".toml")
-
-    @property
-    def unit(self) -> str:
-        """In what its figures are given: "ppl", for characters and bytes "bpc"."""
-        return "ppl" if self.recipe.level == "word" else "bpc"
 
 
 def read_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> RecipeFile:

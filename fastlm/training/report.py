@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import FastlmError
+from fastlm.training.evaluate import UNITS
 from fastlm.training.forms import check_event
 from fastlm.training.metrics import read_metrics
 from fastlm.training.plots import MISSING, draw_curves
 from fastlm.training.progress import duration, say
+from fastlm.training.recipe import Recipe
 from fastlm.training.run import read_json, read_run, write_file
 
 STYLE = """
@@ -40,10 +42,10 @@ def write_report(run_dir: str | Path) -> None:
         FastlmError: there is no run in the folder, or a file of it cannot be read.
     """
     run_dir = Path(run_dir)
-    recipe = asdict(read_run(run_dir).recipe)
+    recipe = read_run(run_dir).recipe
     metrics = read_events(run_dir / "metrics.jsonl")
     results, cache = read_json(run_dir / "results.json"), read_json(run_dir / "cache.json")
-    png = draw_curves(metrics)
+    png = draw_curves(metrics, recipe.unit)
     if png is None:
         say(f"no loss curves: {MISSING}")
     else:
@@ -68,28 +70,29 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 def render(
     name: str,
-    recipe: dict[str, Any],
+    recipe: Recipe,
     metrics: list[dict[str, Any]],
     results: dict[str, Any] | None,
     cache: dict[str, Any] | None,
     png: bytes | None,
 ) -> str:
     """The page: one file, no scripts, nothing loaded from elsewhere."""
-    title = f"{escape(name)}: {escape(recipe['cell'].upper())} language model"
-    body = [f"<h1>{title}</h1>", _figures(metrics, results, cache)]
+    title = f"{escape(name)}: {recipe.cell.upper()} language model"
+    body = [f"<h1>{title}</h1>", _figures(metrics, results, cache, UNITS[recipe.unit])]
     if png is not None:
         data = base64.b64encode(png).decode()
-        body.append(f'<h2>Perplexity</h2><img alt="Perplexity over steps" src="data:image/png;base64,{data}">')
+        unit = UNITS[recipe.unit].capitalize()
+        body.append(f'<h2>{unit}</h2><img alt="{unit} over steps" src="data:image/png;base64,{data}">')
     if cache is not None and cache.get("passage"):
         body.append(_passage(cache))
-    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in recipe.items())
+    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in asdict(recipe).items())
     body.append(f"<h2>Recipe</h2><details><summary>every key</summary><table>{rows}</table></details>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     head += f"<style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'
 
 
-def _figures(metrics, results, cache) -> str:
+def _figures(metrics, results, cache, unit) -> str:
     rows = []
     if results is not None:
         rows += [(split, results[split]) for split in ("valid", "test")]
@@ -106,7 +109,8 @@ def _figures(metrics, results, cache) -> str:
     )
     parts = []
     if cells:
-        parts.append(f"<table><tr><th></th><th>perplexity</th><th>nats</th><th>bits</th></tr>{cells}</table>")
+        bits = "bits" if unit == UNITS["ppl"] else unit
+        parts.append(f"<table><tr><th></th><th>perplexity</th><th>nats</th><th>{bits}</th></tr>{cells}</table>")
     if results is not None:
         parts.append(
             f"<p>{results['parameters']:,} parameters, {results['epochs']} full epochs, {results['steps']:,} steps, "

@@ -76,7 +76,7 @@ def head(file: RecipeFile, corpus: Corpus, overrides: Mapping[str, Any], device:
     sizes = {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")}
     return {
         "recipe": file.stem,
-        "unit": file.unit,
+        "unit": file.recipe.unit,
         "overrides": dict(overrides),
         "values": asdict(file.recipe),
         "text": {"name": corpus.name, "digest": corpus.digest, "vocabulary": len(corpus.vocabulary), "tokens": sizes},

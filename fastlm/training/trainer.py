@@ -20,7 +20,7 @@ from fastlm.models import LanguageModel, map_state
 from fastlm.optim import NTASGD, NonMonotone
 from fastlm.training.board import Board
 from fastlm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from fastlm.training.evaluate import Evaluation, evaluate
+from fastlm.training.evaluate import Evaluation, evaluate, figure
 from fastlm.training.metrics import MetricsFile, Sums
 from fastlm.training.parallel import Ranks
 from fastlm.training.progress import Progress, duration, say
@@ -239,7 +239,7 @@ class Trainer:
         if self.recipe.max_seconds:
             seconds = min(seconds, self.recipe.max_seconds - self.seconds)
         progress.note(
-            f"step {self.step} | loss {figures['loss']:.3f} | ppl {figures['ppl']:.1f} | "
+            f"step {self.step} | loss {figures['loss']:.3f} | {figure(figures['loss'], self.recipe.unit, 1)} | "
             f"{rate:,.0f} tokens/s | ETA {duration(seconds)}"
         )
         self._interval = Sums(self.device)
@@ -259,9 +259,10 @@ class Trainer:
         self._write({"event": "epoch", **figures, **wall, **scores, "averaging": averaging})
         rate = figures["tokens_per_second"]
         speed = f"{rate:,.0f} tokens/s" + (f", {self._ceiling.words(rate)}" if self._ceiling else "")
+        train_figure, valid_figure = (figure(nll, self.recipe.unit) for nll in (figures["loss"], valid.nll))
         say(
-            f"epoch {self.epoch + 1} | step {self.step} | train ppl {figures['ppl']:.2f} | valid loss {valid.nll:.4f} "
-            f"| valid ppl {valid.ppl:.2f} | {speed} | {duration(self.seconds)}"
+            f"epoch {self.epoch + 1} | step {self.step} | train {train_figure} | valid loss {valid.nll:.4f} "
+            f"| valid {valid_figure} | {speed} | {duration(self.seconds)}"
         )
         self.validated_step = self.step
         if self.epoch_done:
