@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,11 @@ def test_resume_goes_on_with_more_epochs(run, capsys):
     assert cli.main(["train", "--out", str(run), "--resume", "--set", "epochs=4", "--json"]) == 0
     assert last_json(capsys)["epochs"] == 4
     assert "hidden_size" in fails(capsys, "train", "--out", run, "--resume", "--set", "hidden_size=13")
+    assert "nearest valid one is 'epochs'" in fails(capsys, "train", "--out", run, "--resume", "--set", "epoch=13")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("nonmono", "nonmon"))
+    assert "config.toml cannot be read: RecipeError: unknown key 'nonmon'" in fails(capsys, "eval", "--run", run)
+    (run / "config.toml").write_text(config)
     assert "is 12 in this run" in fails(
         capsys, "train", "--out", run, "--resume", "--recipe", "ptb-lstm", *SETTINGS[:1]
     )
@@ -163,9 +169,52 @@ def test_no_run_is_made_in_a_folder_without_a_name(text, tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-def test_a_changed_text_is_noticed(run, text, capsys):
-    (text / "train.txt").write_text("another text\n" * 50)
-    assert "no longer, the one" in fails(capsys, "eval", "--run", run)
+def test_another_text_is_noticed(fitted, tmp_path, capsys):
+    other = write_text(tmp_path / "other")
+    (other / "train.txt").write_text((other / "train.txt").read_text() + "the cat sat\n")
+    resume = ["train", "--resume", "--out"]
+    for command in (["eval", "--run"], ["cache", "--run"], ["finetune", "--run"], resume):
+        assert fails(capsys, *command, fitted, "--data", other).endswith("the one that this run was started with")
+    (other / "train.txt").write_text("another text\n" * 50)
+    words = "was started with: its vocabulary has 4 entries instead of 14"
+    assert words in fails(capsys, "eval", "--run", fitted, "--data", other)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("hidden_size=13", "hidden_size is 13 there, 12 here"),
+        ("seed=9", "seed is 9 there, 3 here"),  # whose weights would fit
+        ("text", "text is"),
+    ],
+)
+def test_checkpoints_of_another_run(fitted, text, tmp_path, change, words, capsys):
+    settings = [*SETTINGS, "--set=epochs=1"]
+    if change == "text":
+        (text / "train.txt").write_text((text / "train.txt").read_text() + "the cat sat\n")
+    else:
+        settings.append(f"--set={change}")
+    other, copy = str(tmp_path / "other"), tmp_path / "copy"
+    assert cli.main(["train", "--data", str(text), "--recipe", "ptb-lstm", "--out", other, *settings]) == 0
+    capsys.readouterr()
+    shutil.copytree(fitted, copy)
+    shutil.rmtree(copy / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", copy / "checkpoints")
+    assert f"last is of another run: {words}" in fails(capsys, "train", "--out", copy, "--resume")
+    assert f"best is of another run: {words}" in fails(capsys, "eval", "--run", copy)
+    if change != "seed=9":  # from which finetuning may start
+        assert "best is of another" in fails(capsys, "finetune", "--run", copy)
+        assert not (copy / "finetune").exists()
+
+
+def test_files_that_are_no_checkpoints(fitted, tmp_path, capsys):
+    shutil.copytree(fitted, tmp_path / "run")
+    for name, command in [("last", ["train", "--resume", "--out"]), ("best", ["eval", "--run"])]:
+        path = tmp_path / "run" / "checkpoints" / name
+        shutil.rmtree(path)
+        assert f"no checkpoint at {path}" in fails(capsys, *command, tmp_path / "run")
+        path.write_bytes(b"PK")
+        assert f"{path} is not a checkpoint: it is a file" in fails(capsys, *command, tmp_path / "run")
 
 
 WORD = {"word": "a", "model": 0.1, "cache": 0.1, "mixed": 0.1, "looked": [{"back": 1}]}

@@ -85,6 +85,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         for alias, name in record["aliases"].items():
             weights[alias] = weights[name]
         return weights, _join(record["state"], tensors)
+    except NotADirectoryError as e:
+        raise CheckpointError(f"{path} is not a checkpoint: it is a file, not a folder") from e
     except FileNotFoundError as e:
         raise CheckpointError(f"no checkpoint at {path}: {Path(e.filename or _STATE).name} is missing") from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:

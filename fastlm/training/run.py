@@ -18,7 +18,7 @@ from typing import Any
 
 from fastlm import __version__
 from fastlm.data import Corpus, Vocabulary, load_corpus
-from fastlm.errors import DataError, FastlmError, RecipeError
+from fastlm.errors import CheckpointError, DataError, FastlmError, RecipeError
 from fastlm.models import LanguageModel
 from fastlm.nn import NeuralCache
 from fastlm.training.checkpoint import load_checkpoint, load_weights, write_file
@@ -119,7 +119,25 @@ def check_same_run(old: RunConfig, new: RunConfig) -> None:
         if value != before and key not in CHANGEABLE:
             raise RecipeError(f"{key} is {before!r} in this run and cannot become {value!r}: start another one")
     if old.digest != new.digest:
-        raise DataError(f"the text {new.source} is not, or no longer, the one that this run was started with")
+        sizes = f": its vocabulary has {new.vocab_size:,} entries instead of {old.vocab_size:,}"
+        what = sizes if old.vocab_size != new.vocab_size else ""
+        raise DataError(f"the text {new.source} is not, or no longer, the one that this run was started with{what}")
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """What tells a run from others, as its checkpoints keep it: the digest of its text and what no run may change."""
+    fixed = {key: value for key, value in asdict(config.recipe).items() if key not in CHANGEABLE}
+    return {"text": config.digest, **fixed}
+
+
+def check_origin(path: Path, state: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises CheckpointError when a checkpoint says of its run what is not `wanted`; what it does not say is right."""
+    found = state.get("run", {})
+    for key, value in wanted.items():
+        here = list(value) if isinstance(value, tuple) else value  # as JSON has it
+        there = found.get(key, here)
+        if there != here:
+            raise CheckpointError(f"{path} is of another run: {key} is {there!s:.16} there, {here!s:.16} here")
 
 
 def run_corpus(config: RunConfig, source: str | None = None) -> Corpus:
@@ -130,7 +148,8 @@ def run_corpus(config: RunConfig, source: str | None = None) -> Corpus:
     """
     source = source or config.source
     corpus = load_corpus(source, **config.recipe.corpus_settings())
-    check_same_run(config, replace(config, source=source, digest=corpus.digest))
+    found = {"source": source, "digest": corpus.digest, "vocab_size": len(corpus.vocabulary)}
+    check_same_run(config, replace(config, **found))
     return corpus
 
 
@@ -157,7 +176,9 @@ def run_model(run_dir: str | Path, device: str = "cpu") -> LanguageModel:
     """The model of a run with the weights that were validated best, in evaluation mode."""
     config, path = read_run(run_dir), Path(run_dir) / "checkpoints" / "best"
     model = LanguageModel(config.recipe.model_config(config.vocab_size)).to(device)
-    load_weights(model, load_checkpoint(path, device)[0], path)
+    weights, state = load_checkpoint(path, device)
+    check_origin(path, state, identity(config))
+    load_weights(model, weights, path)
     return model.eval()
 
 

@@ -25,7 +25,17 @@ from fastlm.training.metrics import MetricsFile, Sums
 from fastlm.training.parallel import Ranks
 from fastlm.training.progress import Progress, duration, say
 from fastlm.training.recipe import Recipe
-from fastlm.training.run import RunConfig, check_no_run, check_same_run, create_run, read_run, write_config, write_json
+from fastlm.training.run import (
+    RunConfig,
+    check_no_run,
+    check_origin,
+    check_same_run,
+    create_run,
+    identity,
+    read_run,
+    write_config,
+    write_json,
+)
 from fastlm.training.signals import StopRequest
 from fastlm.training.step import TrainStep, make_optimizer
 from fastlm.training.throughput import find_ceiling
@@ -98,6 +108,7 @@ class Trainer:
         self._metrics = MetricsFile(self.run_dir / "metrics.jsonl" if self.ranks.first else Path(os.devnull))
         self._checkpoints = self.run_dir / "checkpoints"
         config = RunConfig(recipe, source or corpus.name, corpus.digest, len(corpus.vocabulary), finetune)
+        self._identity = identity(config)
         if resume:
             check_same_run(read_run(self.run_dir), config)
             self._load()
@@ -108,9 +119,10 @@ class Trainer:
             check_no_run(self.run_dir)
             if start is not None:
                 weights, state = load_checkpoint(start)
-                load_weights(self.model, weights, start)
                 with _fitting(start):
+                    check_origin(start, state, {"text": corpus.digest})
                     valid = Evaluation(**state["valid"])
+                load_weights(self.model, weights, start)
                 self._save_best(valid)
             self.save()
             if self.ranks.first:
@@ -146,6 +158,7 @@ class Trainer:
         self._look_at_clock()
         state = {
             **{name: getattr(self, name) for name in _COUNTERS},
+            "run": self._identity,
             "best": self.best and asdict(self.best),
             "interval": self._interval.values(),
             "epoch_sums": self._epoch.values(),
@@ -163,6 +176,8 @@ class Trainer:
     def _load(self) -> None:
         path = self._checkpoints / "last"
         weights, state = load_checkpoint(path)
+        with _fitting(path):
+            check_origin(path, state, self._identity)
         load_weights(self.model, weights, path)
         with _fitting(path):
             self._restore(state, path)
@@ -331,7 +346,7 @@ class Trainer:
 
     def _save_best(self, valid: Evaluation) -> None:
         self.best = valid
-        state = {"valid": asdict(valid), "step": self.step, "epoch": self.epoch + 1}
+        state = {"run": self._identity, "valid": asdict(valid), "step": self.step, "epoch": self.epoch + 1}
         if self.ranks.first:
             save_checkpoint(self._checkpoints / "best", self.model.state_dict(), state)
 
