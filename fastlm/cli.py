@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastlm import __version__
-from fastlm.errors import FastlmError
+from fastlm.errors import FastlmError, run_for_reader
 
 # The largest that the code behind takes: counts are 32 bits wide in places, torch's generators take 64 bits, and the
 # products of theta stay within float32.
@@ -25,17 +24,7 @@ COUNT, SEED, THETA = 2**31 - 1, 2**64 - 1, math.nextafter(1e30, 0)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
-    try:
-        try:
-            return _run(list(sys.argv[1:] if argv is None else argv))
-        finally:
-            sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
-    except BrokenPipeError:
-        # What is left in the buffers goes nowhere, or Python would complain about it on its way out.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
-        return 141
+    return run_for_reader(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _run(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import fastlm
+from fastlm.errors import run_for_reader
 
 REQUIRED = ("numpy", "safetensors", "tqdm")
 OPTIONAL = ("triton", "matplotlib", "transformers")
@@ -269,4 +270,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_for_reader(main))

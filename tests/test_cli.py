@@ -162,6 +162,13 @@ def test_one_line_errors(run, text, tmp_path, capsys):
     assert "lambda" in fails(capsys, "cache", "--run", run, "--tune", "--lambda", "0.1")
 
 
+def test_what_is_no_training_refuses_torchrun(fitted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (["demo", "--out", tmp_path / "demo"], ["cache", "--run", fitted]):
+        assert f"{command[0]} runs in one process: start it without torchrun" in fails(capsys, *command)
+    assert not (tmp_path / "demo").exists()
+
+
 def test_no_run_is_made_in_a_folder_without_a_name(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "--out" in fails(capsys, "train", "--data", text, "--recipe", "ptb-lstm", "--out", "", *SETTINGS)
@@ -413,14 +420,15 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path, text):
     assert err.splitlines()[-1].endswith(f"go on with: fastlm train --out {out} --resume")
 
 
-@pytest.mark.parametrize("command", [["info"], ["info", "--json"], ["eval"], ["eval", "--json"]])
+@pytest.mark.parametrize("command", [["info"], ["info", "--json"], ["eval"], ["eval", "--json"], []])
 def test_a_reader_that_has_gone_is_no_error(fitted, command):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [*command, "--run", str(fitted)] if command[0] == "eval" else command
+    module = "fastlm.cli" if command else "fastlm.info"
+    command = [*command, "--run", str(fitted)] if command[:1] == ["eval"] else command
     try:
         process = subprocess.run(
-            [sys.executable, "-m", "fastlm.cli", *command], stdout=writer, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", module, *command], stdout=writer, stderr=subprocess.PIPE, text=True
         )
     finally:
         os.close(writer)

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "models": {"nn", "ops", "errors"},
     "training": {"models", "nn", "ops", "data", "optim", "errors", "machine"},
     "testing": {"_lib", "ops"},
-    "info": {"_lib", "_host", "ops"},
+    "info": {"_lib", "_host", "ops", "errors"},
     "bench": {"errors"},
     "cli": {"training", "models", "nn", "ops", "data", "optim", "errors", "info", "bench"},
 }

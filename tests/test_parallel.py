@@ -143,6 +143,8 @@ def _refusals(ranks, folder, corpus):
         Trainer(folder / "b", recipe(batch_size=3), corpus, ranks=ranks)
     with pytest.raises(RecipeError, match="accumulate must divide the 2 columns of each rank, got 4"):
         Trainer(folder / "b", recipe(accumulate=4), corpus, ranks=ranks)
+    with pytest.raises(RecipeError, match="were not given the same run"):  # one does not see the folder
+        Trainer(folder / "alone", recipe(), corpus, ranks=ranks, resume=ranks.first)
     with pytest.raises(RecipeError, match="were not given the same recipe"):
         Trainer(folder / "b", recipe(seed=ranks.rank), corpus, ranks=ranks)
     assert not (folder / "b").exists()

@@ -20,7 +20,7 @@ from fastlm.training.evaluate import UNITS, Evaluation
 from fastlm.training.evaluate import evaluate as score
 from fastlm.training.generate import generate as sample
 from fastlm.training.listing import list_recipes, table
-from fastlm.training.parallel import join, restarted
+from fastlm.training.parallel import check_alone, join, restarted
 from fastlm.training.plots import draw_ablation, draw_reproduction
 from fastlm.training.progress import Progress, aligned, say
 from fastlm.training.recipe import finetune_recipe, override, parse_override, read_recipe
@@ -153,6 +153,7 @@ def evaluate(args: Namespace) -> Result:
 
 def cache(args: Namespace) -> Result:
     """Scores a split with the cache behind the best weights."""
+    check_alone("cache")
     if args.tune and args.lambda_ is not None:
         raise FastlmError("--tune finds lambda by itself; theta and window may be given with it")
     config = read_run(args.run)
@@ -200,6 +201,7 @@ def generate(args: Namespace) -> Result:
 
 def demo(args: Namespace) -> Result:
     """Trains, tunes and tests two small models and checks what they reach."""
+    check_alone("demo")
     _check_out(args)
     try:
         rows = demonstration.run_demo(args.out, _device(args))

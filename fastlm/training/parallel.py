@@ -102,6 +102,12 @@ class Ranks:
             raise FastlmError(f"rank {self.rank} lost the other ranks: {str(e).splitlines()[0]}") from e
 
 
+def check_alone(command: str) -> None:
+    """Raises FastlmError when `torchrun` has started more than this process: all of them would write the same files."""
+    if _world_size() > 1:
+        raise FastlmError(f"{command} runs in one process: start it without torchrun")
+
+
 def restarted() -> bool:
     """Whether `torchrun --max-restarts` has started this process in the place of one that ended."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -122,7 +128,7 @@ def join(device: str) -> Iterator[tuple[Ranks, str]]:
     Raises:
         FastlmError: the others cannot be reached, or the machine has fewer GPUs than processes.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if _world_size() == 1:
         yield Ranks(), device
         return
     backend = "gloo"
@@ -148,3 +154,7 @@ def join(device: str) -> Iterator[tuple[Ranks, str]]:
         # Destroying the group joins gloo's threads with the GIL held: they need it first, to drop their last tensors.
         time.sleep(0.1)
         dist.destroy_process_group()
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
