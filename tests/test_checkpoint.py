@@ -153,7 +153,7 @@ def test_no_pickle_anywhere(tmp_path):
 
 def test_write_file_is_all_or_nothing(tmp_path):
     write_file(tmp_path / "a.json", "before")
-    with full_disk(3), pytest.raises(OSError):
+    with full_disk(3), pytest.raises(OSError, match="a.json"):
         write_file(tmp_path / "a.json", "something longer")
     assert (tmp_path / "a.json").read_text() == "before"
     assert os.listdir(tmp_path) == ["a.json"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_checkpoint import full_disk
 from tiny_run import SMALL, write_text
 
 from fastlm.data import load_corpus
@@ -89,6 +90,37 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, corpus, changes,
     assert resumed.step == at
     assert resumed.fit() == expected
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("level", "changes"),
+    [
+        ("char", {"cell": "qrnn", "window": 3, "bptt": 80, "epochs": 2}),
+        ("word", {"cell": "gru", "bptt": 40, "optimizer": "adam", "lr": 1e-2, "when": [1]}),
+        ("byte", {"bptt": 80, "epochs": 1}),
+    ],
+)
+def test_every_step_may_be_one_that_is_resumed_at(tmp_path, corpus, level, changes):
+    settings = recipe(level=level, **changes)
+    if level != "word":
+        corpus = load_corpus(write_text(tmp_path / "text"), level=level, cache_dir=tmp_path / "cache")
+    straight = Trainer(tmp_path / "a", settings, corpus)
+    expected, at = straight.fit(), 0
+    while at < straight.step:
+        interrupted = Signals(tmp_path / "b", settings, corpus, at=at + 1, resume=at > 0)
+        with pytest.raises(Interrupted):
+            interrupted.fit()
+        at = interrupted.step
+        torch.manual_seed(99)
+    assert Trainer(tmp_path / "b", settings, corpus, resume=True).fit() == expected
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_full_disk_says_which_file(tmp_path, corpus):
+    trainer = Trainer(tmp_path / "a", recipe(), corpus)
+    with full_disk(40), pytest.raises(OSError, match="metrics.jsonl"):
+        trainer.fit()
+    assert Trainer(tmp_path / "a", recipe(), corpus, resume=True).step == 0
 
 
 def test_interrupted_twice_while_averaging(tmp_path, corpus):

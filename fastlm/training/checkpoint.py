@@ -117,6 +117,9 @@ def write_file(path: Path, data: str | bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # that the disk is full comes without a name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -50,8 +50,12 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a line."""
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        except OSError as e:
+            e.filename = e.filename or str(self.path)  # that the disk is full comes without a name
+            raise
 
     def size(self) -> int:
         """Its length in bytes, 0 when it is not there yet."""
