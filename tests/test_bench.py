@@ -397,7 +397,7 @@ def test_problems_are_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("{}")
     (tmp_path / "other.json").write_text(json.dumps({**a_run(), "machine": "abacus"}))
     for arguments, message in [
-        (["--op", "gru"], "no benchmark 'gru'; there are cache_attention,"),
+        (["--op", "gru"], "no benchmark 'gru'; there are adaptive_softmax,"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["--compare", str(tmp_path / "none.json")], "none.json"),
         (["--compare", str(tmp_path / "file")], "not a file of benchmark results"),
