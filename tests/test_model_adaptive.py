@@ -149,4 +149,4 @@ def test_training_on_a_gpu_sorts_the_targets_on_the_host(tmp_path, monkeypatch):
     trainer = Trainer(tmp_path / "run", make_recipe({**SMALL, "epochs": 1, "cutoffs": [3, 7]}), corpus, device="cuda")
     test = trainer.fit()
     on_cpu = evaluate(trainer.model.cpu(), corpus.test, trainer.recipe.test_batch_size)
-    assert test.nll == pytest.approx(on_cpu.nll, rel=1e-4)
+    assert test.nll == pytest.approx(on_cpu.nll, rel=2e-3)

@@ -35,7 +35,7 @@ class LanguageModelConfig:
         ar, tar: factors of the activation and temporal activation regularisers.
         window: inputs that each step of the first QRNN layer sees; the others see one.
         zoneout: of a QRNN.
-        cutoffs: of an `nn.AdaptiveSoftmax` in the place of the decoder's softmax, which it is without any.
+        cutoffs: first ids of the tails of an `nn.AdaptiveSoftmax`; none: a plain softmax.
     """
 
     vocab_size: int

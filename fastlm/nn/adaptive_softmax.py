@@ -1,10 +1,10 @@
 """A softmax in clusters of words by frequency, over the whole width of a weight that an embedding may share.
 
-Grave et al., arXiv 1609.04309, as Merity et al. (arXiv 1803.08240, section 3.2) tie it: no projections. The ids, sorted
-by frequency, are cut at c_1 < ... < c_{K-1}: the head has the words below c_1 and a tombstone for each tail, t_k with
-bias s_k, and the k-th tail the words in [c_k, c_{k+1}). With z = W h + b,
+Grave et al., arXiv 1609.04309, as Merity et al., arXiv 1803.08240, tie it: with no projections. The ids, sorted by
+frequency, are cut at c_1 < ... < c_{K-1}: the head has the words below c_1 and a tombstone for each tail, t_k with bias
+s_k, and the k-th tail the words in [c_k, c_{k+1}). With z = W h + b,
 
-    log p(w) = log_softmax(z_1 .. z_{c_1}, t_1 h + s_1 .. t_{K-1} h + s_{K-1})[w]                  w in the head
+    log p(w) = log_softmax(z_0 .. z_{c_1 - 1}, t_1 h + s_1 .. t_{K-1} h + s_{K-1})[w]              w in the head
     log p(w) = log_softmax(as above)[tombstone k] + log_softmax(z of the k-th tail)[w - c_k]       w in the k-th tail
 
 That is a distribution of its own, and exact. All rows go through the head, but through a tail those alone whose targets

@@ -55,7 +55,8 @@ class Recipe:
     hidden_size: int = _key(1150, least=1)
     num_layers: int = _key(3, least=1)
     tie_weights: bool = _key(True)
-    cutoffs: tuple[int, ...] = _key((), least=1)  # of an adaptive softmax; none: a plain one
+    # First ids of the tails of an adaptive softmax; none: a plain one. Ids go by frequency, under compat by first use.
+    cutoffs: tuple[int, ...] = _key((), least=1)
     window: int = _key(2, least=1)
     zoneout: float = _probability(0.0)
     embedding_dropout: float = _probability(0.1)
