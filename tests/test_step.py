@@ -15,23 +15,24 @@ from fastlm.training.trainer import Trainer
 WORDS = 30
 
 
-def make(**changes):
+def make(device="cpu", **changes):
     """A step and its model, the same at every call, with all dropouts unless told otherwise."""
     recipe = make_recipe({**SMALL, **changes})
     torch.manual_seed(recipe.seed)
-    model = LanguageModel(recipe.model_config(WORDS))
+    model = LanguageModel(recipe.model_config(WORDS)).to(device)
     return TrainStep(recipe, model, make_optimizer(recipe, model), Ranks())
 
 
 def run(step, lengths=(7, 4, 1, 7)):
     """The losses and the last state of windows of random words, under the same masks at every call."""
     torch.manual_seed(2)
+    device = next(step.model.parameters()).device
     words, state, losses = torch.Generator().manual_seed(1), None, []
     for length in lengths:
-        inputs, targets = torch.randint(WORDS, (2, length, step.recipe.batch_size), generator=words)
-        nll, state = step(inputs, targets, state, 1.0, length / 7)
-        losses.append(nll)
-    return torch.stack(losses), state
+        window = torch.randint(WORDS, (2, length, step.recipe.batch_size), generator=words)
+        nll, state = step(*window.to(device), state, 1.0, length / 7)
+        losses.append(nll.item())
+    return torch.tensor(losses), state
 
 
 def close(actual, expected):

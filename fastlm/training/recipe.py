@@ -28,7 +28,7 @@ else:
 
 # What may change when a run goes on: nothing that would change the numbers of the steps already planned.
 CHANGEABLE = {
-    *("epochs", "max_seconds", "log_interval", "save_interval", "test_batch_size"),
+    *("epochs", "max_seconds", "log_interval", "save_interval", "test_batch_size", "cuda_graphs"),
     *("cache_theta", "cache_lambda", "cache_window"),
 }
 TABLES = ("finetune", "published")
@@ -77,6 +77,7 @@ class Recipe:
     # bfloat16: the products of training in 16 bits, by autocast; weights, optimiser, states and evaluation in float32.
     precision: str = _key("float32", choices=("float32", "bfloat16"))
     accumulate: int = _key(1, least=1)  # pieces of the batch whose gradients are computed one after the other
+    cuda_graphs: bool = _key(False)  # launch forward and backward as one, on a GPU; without effect on a CPU
     bptt: int = _key(70, least=1)
     variable_bptt: bool = _key(True)
     epochs: int = _key(500, least=1)

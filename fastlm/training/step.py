@@ -9,6 +9,7 @@ from fastlm.errors import RecipeError
 from fastlm.models import LanguageModel, State, detach_state, join_states, state_columns
 from fastlm.ops import philox
 from fastlm.optim import NTASGD
+from fastlm.training.graphs import Graphs, cuda_capture
 from fastlm.training.parallel import Ranks
 from fastlm.training.recipe import Recipe
 
@@ -30,7 +31,7 @@ class TrainStep:
     """Makes the steps of a run.
 
     Attributes:
-        dtype: of the products.
+        dtype: of the products. graphs: the CUDA graphs that make the gradients, or None.
 
     Args:
         recipe: its hyper-parameters. model: what is trained. optimizer: that of `make_optimizer`.
@@ -48,6 +49,9 @@ class TrainStep:
             raise RecipeError(f"accumulate must divide the {share} columns of each rank, got {pieces}")
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         self._first, self._width = columns.start, share // pieces
+        self.graphs = None
+        if recipe.cuda_graphs and next(model.parameters()).is_cuda:
+            self.graphs = Graphs(model.parameters(), cuda_capture())
 
     def __call__(
         self, inputs: Tensor, targets: Tensor, state: State | None, lr: float, lr_scale: float
@@ -60,10 +64,15 @@ class TrainStep:
             lr: the learning rate. lr_scale: the length of the window over the nominal one.
 
         Returns:
-            The mean cross entropy over the columns of all ranks in nats, 0-d on the device, and the next state.
+            The mean cross entropy over the columns of all ranks in nats, 0-d on the device, and the next state. With
+            CUDA graphs the next step overwrites both.
         """
-        self.optimizer.zero_grad()
-        nll, state = self._backward(inputs, targets, self.model.init_state(inputs.shape[1]) if state is None else state)
+        window = inputs, targets, self.model.init_state(inputs.shape[1]) if state is None else state
+        if self.graphs is None:
+            self.optimizer.zero_grad()
+            nll, state = self._backward(*window)
+        else:
+            nll, state = self.graphs(self._backward, *window)
         self.ranks.average([*(p.grad for p in self.model.parameters()), nll])
         self._update(lr, lr_scale)
         return nll, state
