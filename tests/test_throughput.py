@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
             {"cell": "qrnn", "hidden_size": 1550, "num_layers": 4},
             3 * (1550 * 2 * 400 + 2 * 1550 * 1550 + 400 * 1550) + 10_000 * 400,
         ),
+        ({"num_layers": 1, "cutoffs": (2800, 5000)}, 4 * 400 * (400 + 400) + (2800 + 2) * 400),
         ({"cell": "gru", "tie_weights": False, "num_layers": 1}, 3 * 1150 * (400 + 1150) + 10_000 * 1150),
     ],
 )

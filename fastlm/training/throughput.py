@@ -56,9 +56,12 @@ def find_ceiling(model: LanguageModel, device: torch.device, dtype: torch.dtype,
 def multiplied_weights(model: LanguageModel) -> int:
     """How many weights a token is multiplied by: 2 operations each going forwards and 4 backwards.
 
-    Those of the layers and of the decoder; rows of the embedding are looked up.
+    Those of the layers and of the decoder; rows of the embedding are looked up. Of an adaptive softmax the head alone
+    counts: how many tokens go on to a tail depends on the text.
     """
-    return sum(p.numel() for p in model.layers.parameters() if p.dim() > 1) + model.output_weight.numel()
+    layers, config = sum(p.numel() for p in model.layers.parameters() if p.dim() > 1), model.config
+    rows = config.cutoffs[0] + len(config.cutoffs) if config.cutoffs else config.vocab_size
+    return layers + rows * config.output_size
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
