@@ -59,7 +59,7 @@ class TrainStep:
         """Makes a step at `lr_scale` times the rate `lr`.
 
         Args:
-            inputs, targets: `[T, B]`, the columns of this rank, on the device of the model.
+            inputs, targets: `[T, B]`, the columns of this rank; targets may be on the host (see `LanguageModel.loss`).
             state: what the step before returned; None for new streams.
             lr: the learning rate. lr_scale: the length of the window over the nominal one.
 
