@@ -19,7 +19,7 @@ import fastlm
 from fastlm.errors import run_for_reader
 
 REQUIRED = ("numpy", "safetensors", "tqdm")
-OPTIONAL = ("triton", "matplotlib", "transformers")
+OPTIONAL = ("triton", "matplotlib", "transformers", "tensorboard")
 BUILD_PACKAGES = ("setuptools", "cmake", "ninja", "pybind11")
 FEATURES = {
     *("sse4_2", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
