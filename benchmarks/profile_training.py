@@ -15,6 +15,7 @@ import torch
 
 from fastlm.data import Corpus, Vocabulary
 from fastlm.training import Trainer, load_recipe
+from fastlm.training.recipe import parse_override
 
 # An event's own time goes to the first group of which a pattern matches its name, else to that of its caller.
 GROUPS = [
@@ -76,10 +77,11 @@ def main():
     parser.add_argument("--recipe", default="ptb-lstm")
     parser.add_argument("--vocab-size", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in fastlm train")
     args = parser.parse_args()
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, dict(parse_override(text) for text in args.set))
     spent, whole = profile(recipe, args.vocab_size, args.steps)
-    sizes = f"T={recipe.bptt} B={recipe.batch_size} V={args.vocab_size} float32"
+    sizes = f"T={recipe.bptt} B={recipe.batch_size} V={args.vocab_size} {recipe.precision}"
     print(f"{args.recipe} {sizes}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
     print(f"{'whole step, unprofiled':24} {whole:8.1f} ms")
     for group, ms in spent.most_common():
