@@ -89,6 +89,12 @@ def test_without_the_package_nothing_is_written(tmp_path, corpus, monkeypatch):
     assert not (tmp_path / "a" / "tensorboard").exists()
 
 
+def test_a_package_that_does_not_load_is_said(tmp_path, writers, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    Board(tmp_path, 0, Ranks()).write({"event": "train"})
+    assert "nothing is written for TensorBoard: " in capsys.readouterr().err
+
+
 def test_tensorboard_reads_it(tmp_path, corpus):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.training.parallel import Ranks
+from fastlm.training.progress import say
 
 TAGS = {  # by the event of a line of metrics.jsonl, then by its key
     "train": {
@@ -34,8 +35,11 @@ class Board:
     def __init__(self, folder: Path, step: int, ranks: Ranks):
         self._writer = None
         if ranks.first and importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as e:  # a broken installation is no reason not to train
+                say(f"nothing is written for TensorBoard: {e}")
+                return
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
