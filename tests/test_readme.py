@@ -17,7 +17,8 @@ EXAMPLES = re.findall(r"^`fastlm\.([\w.]+)`[^\n]*\n+```python\n(.*?)^```$", READ
 def test_every_python_block_is_an_example():
     assert len(EXAMPLES) == README.count("```python")
     names = [name for name, _ in EXAMPLES]
-    assert names == ["nn.LSTM", "nn.QRNN", "nn.WeightDrop", "nn.NeuralCache", "nn.LinearCrossEntropyLoss"]
+    modules = ("LSTM", "QRNN", "QRNNDecoder", "WeightDrop", "NeuralCache", "LinearCrossEntropyLoss", "AdaptiveSoftmax")
+    assert names == [f"nn.{module}" for module in modules]
 
 
 @pytest.mark.parametrize(("name", "source"), EXAMPLES, ids=lambda value: value if "\n" not in value else "")

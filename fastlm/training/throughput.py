@@ -17,7 +17,7 @@ from fastlm.training.parallel import Ranks
 
 SIZES = {"cpu": 1536, "cuda": 8192}  # of the square matrices whose product is timed
 SECONDS = 0.5  # of timing
-LEAST = 2_000_000  # weights; below, a run may be over before the product is
+LEAST = 1_000_000  # weights; below, a run may be over before the product is
 
 
 @dataclass(frozen=True)
