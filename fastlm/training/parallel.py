@@ -117,7 +117,9 @@ def restarted() -> bool:
 def join(device: str) -> Iterator[tuple[Ranks, str]]:
     """Joins the processes that `torchrun` started, through gloo and for CUDA also NCCL; a process alone stays alone.
 
-    Every rank needs the folder of the run, to read from it. Inside the block only rank 0 prints.
+    Every rank needs the folder of the run, to read from it. Inside the block only rank 0 prints. Ranks on several
+    machines, which count restarts each by itself, find each other again after one only with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of `torchrun`.
 
     Args:
         device: "cpu" or a CUDA device; under `torchrun` each process of a machine takes its own GPU.
@@ -140,7 +142,11 @@ def join(device: str) -> Iterator[tuple[Ranks, str]]:
         # What the host has to know goes over gloo, so that it never waits for the device.
         backend, device = "cpu:gloo,cuda:nccl", f"cuda:{local}"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            # torchrun keeps its store when it starts all anew, with the addresses of ranks that have gone in it.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (ValueError, RuntimeError) as e:
         raise FastlmError(f"cannot join the other ranks: {str(e).splitlines()[0]}") from e
     try:
