@@ -21,13 +21,13 @@ def draw(found: dict[str, Any]) -> dict[str, bytes]:
     return pictures
 
 
-def _figure(*size: float):
+def figure_of(*size: float):
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, dpi=120, layout="constrained")
 
 
-def _png(figure) -> bytes:
+def png_of(figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -37,7 +37,7 @@ def _ratios(found: dict[str, Any]) -> bytes:
     """A bar for each competitor, in groups by case, orange where it is faster; a tick where the target is."""
     cases = [c for c in found["cases"] if not c["sweep"] and len(c["contenders"]) > 1]
     bars = sum(len(c["contenders"]) for c in cases)
-    figure = _figure(10, 1.2 + 0.24 * bars)
+    figure = figure_of(10, 1.2 + 0.24 * bars)
     axes = figure.add_subplot()
     y, ticks = 0.0, []
     for case in cases:
@@ -60,7 +60,7 @@ def _ratios(found: dict[str, Any]) -> bytes:
             y += 1
         y += 0.8
     _ratio_axis(axes, cases, ticks, found)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _ratio_axis(axes, cases, ticks, found) -> None:
@@ -82,13 +82,13 @@ def _speed(found: dict[str, Any]) -> bytes:
     """A row of panels for each series, a panel for each axis, a line for each contender."""
     sweeps = [c for c in found["cases"] if c["sweep"]]
     series = list(dict.fromkeys(c["sweep"]["series"] for c in sweeps))
-    figure = _figure(11, 0.6 + 2.6 * len(series))
+    figure = figure_of(11, 0.6 + 2.6 * len(series))
     grid = figure.subplots(len(series), len(AXES), squeeze=False)
     for line, name in zip(grid, series, strict=True):
         for axes, axis in zip(line, AXES, strict=True):
             cases = [c for c in sweeps if c["sweep"]["series"] == name and c["sweep"]["axis"] == axis]
             _panel(axes, name, axis, sorted(cases, key=lambda c: c["sweep"]["value"]))
-    return _png(figure)
+    return png_of(figure)
 
 
 def _panel(axes, series: str, axis: str, cases: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """Trains a recipe by the loop of awd-lstm-lm in plain PyTorch: what a run of fastlm must agree with.
 
     python benchmarks/train_plain.py --data ptb --recipe ptb-lstm-small --out plain.json
+    python benchmarks/train_plain.py --draw plain.json benchmarks/results/reproduction/ptb-lstm-small.json
 
 The loop follows salesforce/awd-lstm-lm's main.py at 1d466ec line by line: window lengths of NumPy's generator, the
 learning rate of a window in proportion to its length, SGD until the validation loss is worse than the best of all but
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from awd_plain import PlainAWD
+from plots import COLOURS, figure_of, png_of
 from torch import Tensor
 
 from fastlm.data import batchify, load_corpus
@@ -115,13 +117,42 @@ def _averages(optimizer):
         torch._foreach_copy_(params, kept)
 
 
+def draw(plain: dict, reproduction: dict) -> bytes:
+    """Both programs' validation perplexity by epoch, as a PNG; `reproduction` is a file of `fastlm reproduce`."""
+    figure = figure_of(8, 4.5)
+    axes = figure.add_subplot()
+    ours = [(row["epoch"], row["valid_ppl"], row["averaging"]) for row in reproduction["stages"]["base"]["curve"]]
+    theirs = [(row["epoch"], math.exp(row["valid_nll"]), row["averaging"]) for row in plain["epochs"]]
+    curves = ("fastlm", ours), ("awd-lstm-lm's loop on plain nn.LSTM", theirs)
+    for (name, rows), colour in zip(curves, COLOURS, strict=False):
+        epochs, values, averaging = zip(*rows, strict=True)
+        axes.plot(epochs, values, "-", color=colour, label=f"{name}: {min(values):.1f}")
+        for switched, shape in ((False, "o"), (True, "s")):
+            points = [(e, v) for e, v, a in rows if a is switched]
+            if points:
+                axes.plot(*zip(*points, strict=True), shape, color=colour, markersize=4)
+    axes.set(xlabel="epoch (squares: averaged weights)", ylabel="validation perplexity", yscale="log")
+    axes.set_title(f"{reproduction['recipe']}: fused and plain training", fontsize=10)
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=9)
+    return png_of(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a recipe by the loop of awd-lstm-lm in plain PyTorch.")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--data")
+    parser.add_argument("--recipe")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--draw", nargs=2, type=Path, metavar=("PLAIN.json", "REPRODUCTION.json"))
     args = parser.parse_args()
+    if args.draw:
+        args.draw[0].with_suffix(".png").write_bytes(draw(*(json.loads(path.read_text()) for path in args.draw)))
+        return
+    if not (args.data and args.recipe and args.out):
+        parser.error("give --data, --recipe and --out, or --draw")
     recipe = load_recipe(args.recipe, dict(parse_override(text) for text in args.set))
     corpus = load_corpus(args.data, **recipe.corpus_settings())
     found = {"recipe": args.recipe, "set": args.set, "torch": torch.__version__, "epochs": []}

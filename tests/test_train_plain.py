@@ -75,3 +75,10 @@ def test_averaging_starts_where_the_losses_say(corpus):
     before = [row["valid_nll"] for row in rows if not row["averaging"]]
     after = [row["valid_nll"] for row in rows if row["averaging"]]
     assert after and min(after) < min(before)
+
+
+def test_picture_of_both():
+    pytest.importorskip("matplotlib")
+    rows = [{"epoch": i, "valid_nll": 6 - i, "valid_ppl": 300 / i, "averaging": i > 2} for i in (1, 2, 3)]
+    picture = train_plain.draw({"epochs": rows}, {"recipe": "small", "stages": {"base": {"curve": rows}}})
+    assert picture.startswith(b"\x89PNG")
