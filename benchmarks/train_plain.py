@@ -28,15 +28,27 @@ from fastlm.training import load_recipe
 from fastlm.training.recipe import parse_override
 
 
-def train(recipe, corpus, on_epoch, model=None) -> dict[str, float]:
-    """Trains for the epochs of the recipe, or its seconds; returns the validation and test loss of the best weights."""
+def train(recipe, corpus, on_epoch, model=None, checkpoint=None) -> dict[str, float]:
+    """Trains for the epochs of the recipe, or its seconds; returns the validation and test loss of the best weights.
+
+    Args:
+        on_epoch: called with the figures of every epoch. model: to start from. checkpoint: a file that keeps what the
+            next epoch needs; with one that is there already, it goes on.
+    """
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     model = model or PlainAWD(recipe.model_config(len(corpus.vocabulary)))
     data = batchify(corpus.train, recipe.batch_size)
-    optimizer = _adam(model, recipe) if recipe.optimizer == "adam" else _sgd(model, recipe)
-    best, kept, log, seconds = math.inf, None, [], 0.0
-    for epoch in range(1, recipe.epochs + 1):
+    optimizer = _optimizer(model, recipe, averaging=False)
+    best, kept, log, seconds, done = math.inf, None, [], 0.0, 0
+    if checkpoint is not None and checkpoint.exists():
+        weights, state, random, (best, kept, log, seconds, done) = torch.load(checkpoint, weights_only=False)
+        model.load_state_dict(weights)
+        optimizer = _optimizer(model, recipe, averaging="lambd" in state["param_groups"][0])
+        optimizer.load_state_dict(state)
+        np.random.set_state(random[0])
+        torch.set_rng_state(random[1])
+    for epoch in range(done + 1, recipe.epochs + 1):
         began = time.perf_counter()
         train_loss = _epoch(model, data, optimizer, recipe)
         seconds += time.perf_counter() - began
@@ -48,12 +60,15 @@ def train(recipe, corpus, on_epoch, model=None) -> dict[str, float]:
         on_epoch({"epoch": epoch, "train_nll": train_loss, "valid_nll": valid, "averaging": averaging})
         if recipe.optimizer == "nt-asgd" and not averaging:
             if len(log) > recipe.nonmono and valid > min(log[: len(log) - recipe.nonmono]):
-                optimizer = torch.optim.ASGD(
-                    model.parameters(), lr=recipe.lr, t0=0, lambd=0.0, weight_decay=recipe.weight_decay
-                )
+                optimizer = _optimizer(model, recipe, averaging=True)
             log.append(valid)
         if epoch in recipe.when:
             optimizer.param_groups[0]["lr"] /= 10.0
+        if checkpoint is not None:
+            random, counters = (np.random.get_state(), torch.get_rng_state()), (best, kept, log, seconds, epoch)
+            new = checkpoint.with_suffix(".new")
+            torch.save((model.state_dict(), optimizer.state_dict(), random, counters), new)
+            new.replace(checkpoint)
         if 0 < recipe.max_seconds <= seconds:
             break
     model.load_state_dict(kept)
@@ -98,12 +113,11 @@ def _epoch(model, data, optimizer, recipe) -> float:
     return total / i
 
 
-def _sgd(model, recipe):
-    return torch.optim.SGD(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-
-
-def _adam(model, recipe):
-    return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+def _optimizer(model, recipe, averaging: bool):
+    settings = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if averaging:
+        return torch.optim.ASGD(model.parameters(), **settings, t0=0, lambd=0.0)
+    return (torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.SGD)(model.parameters(), **settings)
 
 
 @contextmanager
@@ -156,13 +170,16 @@ def main() -> None:
     recipe = load_recipe(args.recipe, dict(parse_override(text) for text in args.set))
     corpus = load_corpus(args.data, **recipe.corpus_settings())
     found = {"recipe": args.recipe, "set": args.set, "torch": torch.__version__, "epochs": []}
+    checkpoint = args.out.with_suffix(".pt")  # a run that was stopped goes on from its last epoch
+    if checkpoint.exists():
+        found["epochs"] = json.loads(args.out.read_text())["epochs"]
 
     def on_epoch(row):
         found["epochs"].append(row)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
         print(f"epoch {row['epoch']} valid ppl {math.exp(row['valid_nll']):.2f}", flush=True)
 
-    found.update(train(recipe, corpus, on_epoch))
+    found.update(train(recipe, corpus, on_epoch, checkpoint=checkpoint))
     args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,16 @@ def test_averaging_starts_where_the_losses_say(corpus):
     before = [row["valid_nll"] for row in rows if not row["averaging"]]
     after = [row["valid_nll"] for row in rows if row["averaging"]]
     assert after and min(after) < min(before)
+
+
+def test_a_run_that_was_stopped_goes_on(corpus, tmp_path):
+    settings = {**SETTINGS, "lr": 30.0, "nonmono": 0, "epochs": 4}
+    recipe, straight, halves = load_recipe("ptb-lstm-small", settings), [], []
+    wanted = train_plain.train(recipe, corpus, straight.append)
+    for epochs in (3, 4):
+        found = train_plain.train(replace(recipe, epochs=epochs), corpus, halves.append, checkpoint=tmp_path / "run.pt")
+    assert straight[2]["averaging"] and halves == straight
+    assert {**found, "seconds": 0} == {**wanted, "seconds": 0}
 
 
 def test_picture_of_both():
