@@ -108,13 +108,14 @@ def declare(
     Args:
         op: its public name. kernels: the schemas that a device must have kernels for.
         triton: the schemas that have a Triton kernel, a function of the same name in `fastlm.triton`; each gets an
-            overload of that name.
+            overload of that name, from the first operator that declares it.
         extra: implementations that need no kernel, best first. dtypes: what the kernels take.
         unmeasured: the devices whose native kernels no results in benchmarks/results have timed yet: `"auto"` takes
             what is in `extra`, else Triton's, before them.
     """
+    shared = {name for other in ops.values() for name in other.triton}
     ops[op] = Op(kernels, triton, extra, dtypes, unmeasured)
-    for name in triton:
+    for name in (name for name in triton if name not in shared):
         library.define(schemas[name].replace(name, f"{name}.triton", 1))
         library.impl(f"{name}.triton", _triton_function(op, name), "CompositeExplicitAutograd")
 

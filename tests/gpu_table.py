@@ -119,6 +119,29 @@ def linear_cross_entropy(reduction):
     return Case("linear_cross_entropy", rows_inputs, call, plain, ("x", "weight", "bias"), about=reduction)
 
 
+def clusters_inputs(T, H):
+    return {**rows_inputs(T, H), "tails": torch.randn(2, H), "tail_bias": torch.randn(2)}
+
+
+def adaptive_softmax(reduction):
+    def call(x, weight, bias, target, tails, tail_bias, impl):
+        cutoffs = len(weight) // 4, len(weight) // 2
+        return ops.adaptive_softmax(
+            x, weight, target, tails, cutoffs=cutoffs, bias=bias, tail_bias=tail_bias, reduction=reduction, impl=impl
+        )
+
+    def plain(x, weight, bias, target, tails, tail_bias):
+        first, second = len(weight) // 4, len(weight) // 2
+        words, tombstones = F.linear(x, weight, bias), F.linear(x, tails, tail_bias)
+        head = torch.cat([words[:, :first], tombstones], 1).log_softmax(1)
+        parts = words[:, first:second].log_softmax(1), words[:, second:].log_softmax(1)
+        log_p = torch.cat([head[:, :first], *(head[:, first + k, None] + part for k, part in enumerate(parts))], 1)
+        return F.nll_loss(log_p, target, reduction=reduction)
+
+    wanted = "x", "weight", "bias", "tails", "tail_bias"
+    return Case("adaptive_softmax", clusters_inputs, call, plain, wanted, about=reduction)
+
+
 def cache_inputs(T, H):
     return dict(hidden=torch.randn(T, H) * H**-0.5, ids=torch.randint(5, (T,)))
 
@@ -197,6 +220,8 @@ CASES = [
     ),
     linear_cross_entropy("mean"),
     linear_cross_entropy("none"),
+    adaptive_softmax("mean"),
+    adaptive_softmax("none"),
     # Both keep float32 scores of 16-bit inputs, so plain PyTorch in 16 bits is no yardstick.
     Case("cache_attention", cache_inputs, cache_attention, cache_attention),
     Case("cache_distribution", ring_inputs, cache_distribution, cache_distribution),

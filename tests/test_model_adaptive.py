@@ -11,7 +11,7 @@ from fastlm import cli
 from fastlm.data import load_corpus
 from fastlm.errors import RecipeError
 from fastlm.models import LanguageModel, LanguageModelConfig
-from fastlm.nn import NeuralCache, adaptive_softmax
+from fastlm.nn import NeuralCache
 from fastlm.optim import NTASGD
 from fastlm.training.evaluate import evaluate
 from fastlm.training.generate import choose, generate
@@ -145,7 +145,7 @@ def test_wrong_cutoffs():
 @pytest.mark.gpu
 def test_training_on_a_gpu_sorts_the_targets_on_the_host(tmp_path, monkeypatch):
     corpus = load_corpus(write_text(tmp_path / "text"), cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(adaptive_softmax, "_all_rows", None)
+    monkeypatch.setattr(sys.modules["fastlm.ops.adaptive_softmax"], "_all_rows", None)
     trainer = Trainer(tmp_path / "run", make_recipe({**SMALL, "epochs": 1, "cutoffs": [3, 7]}), corpus, device="cuda")
     test = trainer.fit()
     on_cpu = evaluate(trainer.model.cpu(), corpus.test, trainer.recipe.test_batch_size)

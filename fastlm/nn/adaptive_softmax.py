@@ -1,43 +1,13 @@
-"""A softmax in clusters of words by frequency, over the whole width of a weight that an embedding may share.
-
-Grave et al., arXiv 1609.04309, as Merity et al., arXiv 1803.08240, tie it: with no projections. The ids, sorted by
-frequency, are cut at c_1 < ... < c_{K-1}: the head has the words below c_1 and a tombstone for each tail, t_k with bias
-s_k, and the k-th tail the words in [c_k, c_{k+1}). With z = W h + b,
-
-    log p(w) = log_softmax(z_0 .. z_{c_1 - 1}, t_1 h + s_1 .. t_{K-1} h + s_{K-1})[w]              w in the head
-    log p(w) = log_softmax(as above)[tombstone k] + log_softmax(z of the k-th tail)[w - c_k]       w in the k-th tail
-
-That is a distribution of its own, and exact. All rows go through the head, but through a tail those alone whose targets
-lie in it, so that a step multiplies by c_1 + K - 1 rows of W and by a few more on average.
-"""
+"""A softmax in clusters of words by frequency; `fastlm.ops.adaptive_softmax` has its mathematics and its loss."""
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm import ops
 from fastlm.ops import _checks, _matmul
-
-_IGNORED = -1  # in the head and in the tails, where the ignore_index of the vocabulary may be a column
-
-
-class _Parts(NamedTuple):
-    """Targets of a batch.
-
-    Attributes:
-        head: `[N]`, their columns in the head. kept: how many count.
-        rows: `[M]`, those whose targets lie in a tail, one tail after the other. tail: `[M]`, their columns there.
-        sizes: how many rows each tail has.
-    """
-
-    head: Tensor
-    kept: Tensor
-    rows: Tensor | None = None
-    tail: Tensor | None = None
-    sizes: tuple[int, ...] = ()
 
 
 class AdaptiveSoftmax(torch.nn.Module):
@@ -126,11 +96,9 @@ class AdaptiveSoftmax(torch.nn.Module):
         *,
         reduction: str = "mean",
     ) -> Tensor:
-        """The loss in nats, as `fastlm.ops.linear_cross_entropy` gives it: order and shape are those of `target`.
+        """The loss in nats, as `fastlm.ops.adaptive_softmax` gives it: order and shape are those of `target`.
 
-        Targets on the host are sorted into clusters there, so that a GPU need not be waited for. Where they are on a
-        GPU, all rows go through each tail, at the price of a full softmax: exact, and of fixed shapes, as CUDA graphs
-        want them.
+        On a GPU, targets that are on the host save the time of a full softmax.
 
         Args:
             input: `[..., D]`. target: `[...]`, int64 or int32, on the device of `input` or on the host.
@@ -142,42 +110,17 @@ class AdaptiveSoftmax(torch.nn.Module):
             TypeError: wrong dtype or device.
         """
         weight, bias = self._layer(weight, bias)
-        _checks.floating("input", input)
-        _checks.ids("target", target)
-        if input.dim() == 0 or input.shape[-1] != self.in_features:
-            raise ValueError(f"input must have shape [..., D] with D = {self.in_features}, got {list(input.shape)}")
-        if target.shape != input.shape[:-1]:
-            raise ValueError(f"target must have shape {list(input.shape[:-1])} like input, got {list(target.shape)}")
-        if not _on_host(target):
-            _checks.same("target", target, "input", input, dtype=False)
-        if not self.cutoffs:
-            labels = target.to(input.device, non_blocking=True)
-            return ops.linear_cross_entropy(
-                input, weight, labels, bias=bias, reduction=reduction, ignore_index=self.ignore_index
-            )
-        rows, labels = input.reshape(-1, self.in_features), target.reshape(-1).long()
-        on_host = _on_host(target)
-        if on_host:
-            parts = _to(_partition(labels, self.cutoffs, self.num_classes, self.ignore_index), input.device)
-            inputs, targets = rows.index_select(0, parts.rows).split(parts.sizes), parts.tail.split(parts.sizes)
-        else:
-            parts, targets = _all_rows(labels, self.cutoffs, self.num_classes, self.ignore_index)
-            inputs = [rows] * len(targets)
-        options = {"reduction": reduction, "ignore_index": _IGNORED}
-        if reduction == "mean":
-            options["divisor"] = parts.kept
-        (head_weight, *weights), (head_bias, *biases) = self._split(weight, bias)
-        loss = ops.linear_cross_entropy(rows, head_weight, parts.head, bias=head_bias, **options)
-        losses = [
-            ops.linear_cross_entropy(x, w, t, bias=b, **options)
-            for x, w, t, b in zip(inputs, weights, targets, biases, strict=True)
-            if len(t)  # a tail without rows adds nothing, and the gradient of its weight is zero
-        ]
-        if reduction == "none" and on_host and losses:
-            loss = loss.index_add(0, parts.rows, torch.cat(losses))
-        else:
-            loss = sum(losses, loss)
-        return loss.reshape(target.shape) if reduction == "none" else loss
+        return ops.adaptive_softmax(
+            input,
+            weight,
+            target,
+            self.tail_vectors,
+            cutoffs=self.cutoffs,
+            bias=bias,
+            tail_bias=self.tail_bias,
+            reduction=reduction,
+            ignore_index=self.ignore_index,
+        )
 
     def log_prob(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Log probabilities of all words, `[..., V]`, for `input [..., D]`.
@@ -225,49 +168,3 @@ class AdaptiveSoftmax(torch.nn.Module):
             return weights, [None] * len(weights)
         first, *biases = bias.split(sizes)
         return weights, [torch.cat([first, self.tail_bias]), *biases]
-
-
-def _on_host(target):
-    return target.device.type == "cpu"
-
-
-def _remap(target, kept, cutoffs, classes):
-    """Targets `[N]` among the columns of the head, and in each tail, where the other rows are ignored."""
-    tombstones = sum(target >= cutoff for cutoff in cutoffs)  # int64, as 0 + bool is
-    head = torch.where(target < cutoffs[0], target, cutoffs[0] - 1 + tombstones)
-    outside = (target < 0) | (target >= classes)
-    head = torch.where(outside, cutoffs[0] + len(cutoffs), head)  # no column: linear_cross_entropy refuses it
-    tails = [
-        torch.where(kept & (target >= start) & (target < stop), target - start, _IGNORED)
-        for start, stop in pairwise([*cutoffs, classes])
-    ]
-    return torch.where(kept, head, _IGNORED), tails
-
-
-def _all_rows(target, cutoffs, classes, ignore_index):
-    """What every row is in the head and in each tail; nothing here waits for a GPU."""
-    kept = target != ignore_index
-    head, tails = _remap(target, kept, cutoffs, classes)
-    return _Parts(head, kept.sum()), tails
-
-
-def _partition(target, cutoffs, classes, ignore_index):
-    """The parts of targets `[N]` on the host."""
-    kept = target != ignore_index
-    what = f"the vocabulary, or be ignore_index = {ignore_index}"
-    _checks.within("target", torch.where(kept, target, 0), 0, classes, what)
-    head, tails = _remap(target, kept, cutoffs, classes)
-    rows = [(tail != _IGNORED).nonzero()[:, 0] for tail in tails]
-    local = [tail[index] for tail, index in zip(tails, rows, strict=True)]
-    return _Parts(head, kept.sum(), torch.cat(rows), torch.cat(local), tuple(map(len, rows)))
-
-
-def _to(parts, device):
-    """Parts on another device, by one copy that nobody waits for."""
-    if device.type == "cpu":
-        return parts
-    tensors = [parts.head, parts.kept[None], parts.rows, parts.tail]
-    packed = torch.cat(tensors)
-    packed = packed.pin_memory() if device.type == "cuda" else packed
-    head, kept, rows, tail = packed.to(device, non_blocking=True).split([len(x) for x in tensors])
-    return _Parts(head, kept[0], rows, tail, parts.sizes)

@@ -1,6 +1,7 @@
 """The operators: each a file with its mathematics, reference, adjoint and public function."""
 
 from fastlm import _lib
+from fastlm.ops.adaptive_softmax import adaptive_softmax
 from fastlm.ops.cache_attention import cache_attention
 from fastlm.ops.cache_distribution import cache_distribution
 from fastlm.ops.dropconnect import dropconnect, dropconnect_mask
@@ -12,6 +13,7 @@ from fastlm.ops.lstm import lstm
 from fastlm.ops.qrnn_pool import qrnn_pool
 
 __all__ = [
+    "adaptive_softmax",
     "cache_attention",
     "cache_distribution",
     "dropconnect",

@@ -68,7 +68,7 @@ _ROUNDED_CHUNKS = 6  # that may add up dW in 16 bits
 _LIFT = 2.0**15  # of the largest float16 gradient of a logit: 2^-39 keeps all its digits then
 _ROOM = 16  # a row of logits starts at a multiple of so many, for loads and stores of 16 bytes
 _BLOCK = 8192  # classes whose part of dW is added at a time, where that is in float32
-_REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS = ("none", "mean", "sum")
 
 
 def reference(input, weight, target, bias, reduction, ignore_index, label_smoothing, divisor=None):
@@ -129,12 +129,16 @@ def _gradient_(logits, bias, target, scale, ignore_index, label_smoothing):
     return _rows_(logits, target, scale, ignore_index, label_smoothing, True)
 
 
-def _chunks(rows, classes, device, itemsize):
-    """Bounds of equal chunks of rows, whose logits keep to the budget unless the least number of rows exceeds it."""
+def _chunks(rows, classes, device, itemsize, sparing=True):
+    """Bounds of equal chunks of rows, whose logits keep to the budget unless the least number of rows exceeds it.
+
+    With `sparing` they keep far below all logits where these are within the budget.
+    """
     kind = "cpu" if device == "cpu" else "cuda"
     (least, most), budget = _CHUNK_ROWS[kind], _CHUNK_BYTES[kind]
     size = max(least, min(most, budget // (itemsize * max(1, classes))))
-    count = max(-(-rows // size), min(_LEAST_CHUNKS[kind], rows // _FEW_ROWS, rows * classes * itemsize >> 20))
+    fewest = min(_LEAST_CHUNKS[kind], rows // _FEW_ROWS, rows * classes * itemsize >> 20) if sparing else 1
+    count = max(-(-rows // size), fewest)
     return [rows * i // count for i in range(count + 1)] if rows else [0]
 
 
@@ -174,10 +178,25 @@ def _lifted(scale, target):
     return scale * (_LIFT / largest), largest / _LIFT
 
 
-def _chunked(
-    input, weight, bias, target, scale, ignore_index, label_smoothing, needs_input, needs_weight, needs_bias, impl
+def chunked(
+    input,
+    weight,
+    bias,
+    target,
+    scale,
+    ignore_index,
+    label_smoothing,
+    needs_input,
+    needs_weight,
+    needs_bias,
+    impl,
+    into=None,
+    sparing=True,
 ):
-    """Loss of each row, and the gradients of the sum of scale times loss that are needed (the others are empty)."""
+    """Loss of each row, and the gradients of the sum of scale times loss that are needed (the others are empty).
+
+    That of the weight is written to `into` if given, contiguous and of its dtype. `sparing`: as for `_chunks`.
+    """
     (rows, _), classes, state, work = input.shape, len(weight), _state_dtype(input), _work_dtype(input)
     gradient = needs_input or needs_weight or needs_bias
     _check_targets(target, classes, ignore_index)
@@ -186,12 +205,14 @@ def _chunked(
             input, weight, bias, target, ignore_index, label_smoothing
         )
         return loss, *(input.new_empty(0) for _ in range(3))
-    bounds = _chunks(rows, classes, input.device.type, work.itemsize) if classes else [0]
+    bounds = _chunks(rows, classes, input.device.type, work.itemsize, sparing) if classes else [0]
     lifted = gradient and rows and work == torch.float16
     rounded = not lifted and len(bounds) - 1 <= (1 if _widens(input) else _ROUNDED_CHUNKS)
     loss = input.new_zeros(rows, dtype=state)
     grad_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
-    grad_weight = input.new_empty(weight.shape if needs_weight else 0, dtype=work if rounded else state)
+    sums = work if rounded else state
+    in_place = into is not None and into.dtype == sums
+    grad_weight = into if in_place else input.new_empty(weight.shape if needs_weight else 0, dtype=sums)
     grad_bias = input.new_zeros(classes if needs_bias else 0, dtype=state)
     largest = max((last - first for first, last in pairwise(bounds)), default=0)
     scale, factor = _lifted(scale, target) if lifted else (scale, None)
@@ -224,7 +245,11 @@ def _chunked(
         grad_weight.zero_()
     if lifted:
         grad_weight.mul_(factor), grad_bias.mul_(factor)
-    return loss, grad_input, grad_weight.to(weight.dtype), grad_bias.to(input.dtype)
+    if into is None:
+        grad_weight = grad_weight.to(weight.dtype)
+    elif not in_place:
+        grad_weight = into.copy_(grad_weight)
+    return loss, grad_input, grad_weight, grad_bias.to(input.dtype)
 
 
 def _check_targets(target, classes, ignore_index):
@@ -254,7 +279,7 @@ def _fake(
 _lib.reference("linear_cross_entropy_rows_", _rows_)
 _lib.reference("linear_cross_entropy_gradient_", _gradient_)
 _lib.reference("linear_cross_entropy_loss", _loss)
-_lib.reference("linear_cross_entropy", _chunked)
+_lib.reference("linear_cross_entropy", chunked)
 _lib.fake(
     "linear_cross_entropy_rows_",
     lambda logits, target, scale, ignore_index, label_smoothing, gradient: logits.new_empty(
@@ -300,7 +325,7 @@ def _needed(ctx, gradients):
     return [x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
 
 
-def _times(gradients, factor):
+def times(gradients, factor):
     """The gradients times the factor from above; in place, if they are not needed again: they are large."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _graph_is_kept():
         return [x * factor for x in gradients]
@@ -336,7 +361,7 @@ class _Reduced(torch.autograd.Function):
             return (None,) * 10
         *gradients, input, weight, bias = ctx.saved_tensors
         with torch.no_grad():
-            gradients = _needed(ctx, _times(gradients, grad))
+            gradients = _needed(ctx, times(gradients, grad))
         return *_Final.apply(input, weight, bias, *gradients), *(None,) * 7
 
 
@@ -423,7 +448,7 @@ def linear_cross_entropy(
     if bias is not None:
         _checks.same("bias", bias, "input", input)
         _checks.shape("bias", bias, V=V)
-    if reduction not in _REDUCTIONS:
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     label_smoothing = _checks.probability("label_smoothing", label_smoothing)
     if divisor is not None:
