@@ -1,4 +1,4 @@
-"""Trains a recipe by the loop of awd-lstm-lm in plain PyTorch: what a run of fastlm must agree with.
+"""Trains an LSTM or QRNN by the loop of awd-lstm-lm in plain PyTorch: what a run of fastlm must agree with.
 
     python benchmarks/train_plain.py --data ptb --recipe ptb-lstm-small --out plain.json
     python benchmarks/train_plain.py --draw plain.json benchmarks/results/reproduction/ptb-lstm-small.json
@@ -28,6 +28,19 @@ from fastlm.training import load_recipe
 from fastlm.training.recipe import parse_override
 
 
+def check(recipe) -> None:
+    """Raises ValueError for a recipe that the loop, or its model, does not know."""
+    wanted = {
+        "cell": ("lstm", "qrnn"),
+        "optimizer": ("nt-asgd", "sgd", "adam"),
+        **{"tie_weights": (True,), "zoneout": (0.0,), "cutoffs": ((),), "compat": ("",)},
+        **{"precision": ("float32",), "accumulate": (1,)},
+    }
+    for key, values in wanted.items():
+        if getattr(recipe, key) not in values:
+            raise ValueError(f"the plain loop takes {key} {' or '.join(map(str, values))}, got {getattr(recipe, key)}")
+
+
 def train(recipe, corpus, on_epoch, model=None, checkpoint=None) -> dict[str, float]:
     """Trains for the epochs of the recipe, or its seconds; returns the validation and test loss of the best weights.
 
@@ -35,6 +48,7 @@ def train(recipe, corpus, on_epoch, model=None, checkpoint=None) -> dict[str, fl
         on_epoch: called with the figures of every epoch. model: to start from. checkpoint: a file that keeps what the
             next epoch needs; with one that is there already, it goes on.
     """
+    check(recipe)
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     model = model or PlainAWD(recipe.model_config(len(corpus.vocabulary)))

@@ -88,6 +88,15 @@ def test_a_run_that_was_stopped_goes_on(corpus, tmp_path):
     assert {**found, "seconds": 0} == {**wanted, "seconds": 0}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"cell": "gru"}, {"optimizer": "asgd"}, {"tie_weights": False}, {"cutoffs": [3]}, {"precision": "bfloat16"}],
+)
+def test_what_the_loop_does_not_know_is_refused(corpus, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        train_plain.train(load_recipe("ptb-lstm-small", {**SETTINGS, **changes}), corpus, list().append)
+
+
 def test_picture_of_both():
     pytest.importorskip("matplotlib")
     rows = [{"epoch": i, "valid_nll": 6 - i, "valid_ppl": 300 / i, "averaging": i > 2} for i in (1, 2, 3)]
