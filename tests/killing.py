@@ -7,6 +7,7 @@ milliseconds. Such a process a test is not.
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from fastlm.training.checkpoint import save_checkpoint
 from fastlm.training.metrics import read_metrics
 
 PHASES = ("sgd", "averaged", "finetune")
+KILLS = ["sgd"] * 4 + ["averaged"] * 8 + ["finetune"] * 8
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")  # audited; a replacement is a rename
 _A_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
@@ -71,21 +73,29 @@ def phase(folder):
 
 def at_random(folder, seed):
     """A run undisturbed, then the same one killed 20 times, at random moments of each phase."""
-    rng, log, run = random.Random(seed), folder / "log", folder / "killed"
+    rng, log = random.Random(seed), folder / "log"
     before = time.perf_counter()
-    statuses, died = [ended(start(job(folder / "undisturbed"), log))], []
-    # So short that no phase is over before its kills are done.
+    status, died = ended(start(job(folder / "undisturbed"), log)), []
     longest = (time.perf_counter() - before) / 20
-    for wanted in ["sgd"] * 4 + ["averaged"] * 8 + ["finetune"] * 8:
+    # The machine may be quicker now, and a phase over before its kills are done: then all over again, with less time.
+    while died != KILLS and longest > 1e-4:
+        shutil.rmtree(folder / "killed", ignore_errors=True)
+        died = _killed(folder / "killed", log, rng, longest)
+        longest /= 2
+    return {"statuses": [status, ended(start(job(folder / "killed"), log))], "died": died}
+
+
+def _killed(run, log, rng, longest):
+    """Starts a run and kills it, again and again; the phases that it died in, None where it ended first."""
+    died = []
+    for wanted in KILLS:
         pid = start(job(run), log)
         while PHASES.index(phase(run)) < PHASES.index(wanted) and os.waitid(os.P_PID, pid, _A_LOOK) is None:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, longest))
         os.kill(pid, signal.SIGKILL)
-        statuses.append(ended(pid))
-        died.append(phase(run))
-    statuses.append(ended(start(job(run), log)))
-    return {"statuses": statuses, "died": died}
+        died.append(phase(run) if ended(pid) == -signal.SIGKILL else None)
+    return died
 
 
 def at_each_change(folder):

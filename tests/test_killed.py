@@ -66,9 +66,8 @@ def test_twenty_random_kills_change_nothing(tmp_path, program):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     done = program("at_random", seed)
-    assert done["statuses"] == [0, *[KILLED] * 20, 0]
-    died = done["died"]
-    assert died.count("averaged") >= 5 and died.count("finetune") >= 5 and died[0] == "sgd", died
+    assert done["statuses"] == [0, 0]
+    assert done["died"] == ["sgd"] * 4 + ["averaged"] * 8 + ["finetune"] * 8
     assert_same_job(tmp_path)
 
 
