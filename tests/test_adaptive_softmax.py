@@ -84,10 +84,10 @@ def test_one_gradient_of_the_weight_and_no_other(reduction, word):
 
 
 def test_only_the_gradients_in_need(monkeypatch):
-    calls, op = [], module._adaptive_softmax
-    monkeypatch.setattr(module, "_adaptive_softmax", lambda *args: calls.append(args[-2]) or op(*args))
     tensors, target = layer()
     expected = outcome(doubles(tensors), target, reduction="mean")
+    calls, op = [], module._adaptive_softmax
+    monkeypatch.setattr(module, "_adaptive_softmax", lambda *args: calls.append(args[-2]) or op(*args))
     for i in range(5):
         one = [x.detach().requires_grad_(i == j) for j, x in enumerate(tensors)]
         for reduction in ("mean", "none"):
