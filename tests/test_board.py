@@ -89,10 +89,26 @@ def test_without_the_package_nothing_is_written(tmp_path, corpus, monkeypatch):
     assert not (tmp_path / "a" / "tensorboard").exists()
 
 
-def test_a_package_that_does_not_load_is_said(tmp_path, writers, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+class Broken(types.ModuleType):
+    """Stands for a tensorboard that does not agree with the protobuf beside it."""
+
+    def __getattr__(self, name):
+        raise TypeError("Descriptors cannot be created directly.\nDowngrade the protobuf package.")
+
+
+@pytest.mark.parametrize(
+    ("loaded", "said"),
+    [
+        (None, "ModuleNotFoundError: import of "),
+        (Broken("broken"), "TypeError: Descriptors cannot be created directly.\n"),
+    ],
+    ids=["missing", "broken"],
+)
+def test_a_package_that_does_not_load_is_said(tmp_path, writers, monkeypatch, capsys, loaded, said):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", loaded)
     Board(tmp_path, 0, Ranks()).write({"event": "train"})
-    assert "nothing is written for TensorBoard: " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"nothing is written for TensorBoard: {said}" in err and err.count("\n") == 1
 
 
 def test_tensorboard_reads_it(tmp_path, corpus):
