@@ -173,16 +173,16 @@ def test_tied_weight_learns_from_both_sides(tied):
 
 
 def split_cross_entropy(weight, bias, tail_vectors, tail_bias, splits, hidden):
-    """awd-lstm-lm's SplitCrossEntropyLoss.logprob, as it stands there but for the loop's names."""
-    edges = [0, *splits, len(weight)]
-    head = torch.cat([weight[: edges[1]], tail_vectors]), torch.cat([bias[: edges[1]], tail_bias])
-    softmaxed_head = F.log_softmax(F.linear(hidden, *head), dim=-1)
-    results = [softmaxed_head[:, : -(len(edges) - 2)]]
-    for idx in range(1, len(edges) - 1):
-        start, end = edges[idx], edges[idx + 1]
-        tail = F.log_softmax(F.linear(hidden, weight[start:end], bias[start:end]), dim=1)
-        results.append(softmaxed_head[:, -idx].contiguous()[:, None] + tail)
-    return torch.cat(results, dim=1)
+    """log p of awd-lstm-lm's split softmax, written anew from its formula: the first tail has the last tombstone."""
+    scores = hidden @ weight.T + bias
+    words, *tails = scores.tensor_split(splits, dim=1)
+    tombstones = hidden @ tail_vectors.T + tail_bias
+    among = torch.logsumexp(torch.cat([words, tombstones], 1), 1, keepdim=True)
+    log_prob = words - among
+    for tail, tombstone in zip(tails, reversed(tombstones.unbind(1)), strict=True):
+        of_tail = tombstone[:, None] - among
+        log_prob = torch.cat([log_prob, of_tail + tail - torch.logsumexp(tail, 1, keepdim=True)], 1)
+    return log_prob
 
 
 @pytest.mark.parametrize("cutoffs", CUTOFFS, ids=str)
