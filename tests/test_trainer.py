@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -321,7 +322,7 @@ def test_finetuning_starts_from_the_best_stops_by_itself_and_is_tested(tmp_path,
     Trainer(tmp_path / "a", settings, corpus).fit()
     best, state = load_checkpoint(tmp_path / "a" / "checkpoints" / "best")
     fine = finetune_recipe(settings, {"epochs": 60, "lr": 20.0, "nonmono": 1})
-    trainer = Trainer(tmp_path / "a" / "finetune", fine, corpus, start=tmp_path / "a" / "checkpoints" / "best")
+    trainer = Trainer(tmp_path / "a" / "finetune", fine, corpus, start=tmp_path / "a")
     assert all(torch.equal(v, best[k]) for k, v in trainer.model.state_dict().items())
     test = trainer.fit()
     assert trainer.stopped and trainer.epoch < 60
@@ -406,12 +407,18 @@ def test_a_whole_checkpoint_with_another_state_is_one_line(tmp_path, corpus, cha
 def test_a_start_that_cannot_be_made_leaves_the_folder_free(tmp_path, corpus):
     Trainer(tmp_path / "a", recipe(), corpus)
     fine, folder = finetune_recipe(recipe(), {"epochs": 1}), tmp_path / "a" / "finetune"
-    for name, words in [("best", "no checkpoint at"), ("last", "KeyError: 'valid'")]:
-        with pytest.raises(CheckpointError, match=words):
-            Trainer(folder, fine, corpus, start=tmp_path / "a" / "checkpoints" / name)
-        assert not folder.exists()
+    checkpoints = tmp_path / "a" / "checkpoints"
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        Trainer(folder, fine, corpus, start=tmp_path / "a")
+    shutil.copytree(checkpoints / "last", checkpoints / "best")
+    with pytest.raises(CheckpointError, match="KeyError: 'valid'"):
+        Trainer(folder, fine, corpus, start=tmp_path / "a")
+    shutil.rmtree(checkpoints / "best")
+    assert not folder.exists()
     Trainer(tmp_path / "a", recipe(), corpus, resume=True).fit()
-    Trainer(folder, fine, corpus, start=tmp_path / "a" / "checkpoints" / "best").fit()
+    with pytest.raises(CheckpointError, match="best is of another run: text is"):
+        Trainer(folder, fine, replace(corpus, digest="other"), start=tmp_path / "a")
+    Trainer(folder, fine, corpus, start=tmp_path / "a").fit()
 
 
 def test_a_run_whose_first_checkpoint_is_cut_short_can_be_started_again(tmp_path, corpus, monkeypatch):

@@ -94,7 +94,7 @@ def train_rows(
                 known = ", ".join(f"{key} {getattr(before, key):g}" for key in budget)
                 raise FastlmError(f"{folders[row]} is there with another budget ({known}): give that, or another --out")
     for row, recipe in recipes.items():
-        start = out / FULL / "checkpoints" / "best" if row == FINETUNING else None
+        start = out / FULL if row == FINETUNING else None
         fit_stage(folders[row], recipe, corpus, start=start, source=source, device=device, ranks=ranks)
     return folders
 

@@ -84,7 +84,7 @@ def finetune(args: Namespace) -> Result:
     else:
         recipe = finetune_recipe(config.recipe, {**(config.finetune or {}), **settings})
     source = _source(args.data) or config.source
-    corpus, start = run_corpus(config, source), None if resume else run_dir / "checkpoints" / "best"
+    corpus, start = run_corpus(config, source), None if resume else run_dir
     with join(_device(args)) as (ranks, device):
         options = {"source": source, "device": device, "resume": resume, "start": start, "ranks": ranks}
         return _fit(

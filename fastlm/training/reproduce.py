@@ -44,7 +44,7 @@ def train_stages(
     fit_stage(run_dir, file.recipe, corpus, finetune=file.finetune, **options)
     if tuned is None:
         return {"base": run_dir}
-    fit_stage(folder, tuned, corpus, start=run_dir / "checkpoints" / "best", **options)
+    fit_stage(folder, tuned, corpus, start=run_dir, **options)
     return {"base": run_dir, "finetuned": folder}
 
 

@@ -59,7 +59,7 @@ class Trainer:
         source: where the text was read from, to find it again; the name of the corpus when not given.
         device: where to train.
         resume: go on with the run that is in the folder, instead of starting one there.
-        start: a checkpoint whose weights to start from and whose validation loss to better.
+        start: the folder of a run whose best weights to start from and whose validation loss to better.
         finetune: keys that finetuning the run will change, written into its config.toml.
         ranks: the processes that train it together (see `fastlm.training.parallel`).
 
@@ -118,11 +118,12 @@ class Trainer:
             # By all ranks, so that all of them say why: rank 0 writes config.toml after they have met in `save`.
             check_no_run(self.run_dir)
             if start is not None:
-                weights, state = load_checkpoint(start)
-                with _fitting(start):
-                    check_origin(start, state, {"text": corpus.digest})
+                best = Path(start) / "checkpoints" / "best"
+                weights, state = load_checkpoint(best)
+                with _fitting(best):
+                    check_origin(best, state, {**identity(read_run(start)), "text": corpus.digest})
                     valid = Evaluation(**state["valid"])
-                load_weights(self.model, weights, start)
+                load_weights(self.model, weights, best)
                 self._save_best(valid)
             self.save()
             if self.ranks.first:
