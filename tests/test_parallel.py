@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import re
@@ -136,6 +137,11 @@ def _refusals(ranks, folder, corpus):
     if ranks.first:
         Trainer(folder / "alone", recipe(), corpus)
     ranks.gather(None)
+    with open(folder / "alone" / ".lock") as taken:
+        if ranks.first:  # it alone asks for the lock
+            fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(FastlmError, match=r"^process \d+ trains in"):
+            Trainer(folder / "alone", recipe(), corpus, ranks=ranks, resume=True)
     with pytest.raises(CheckpointError, match="is of 1 ranks and cannot go on with 2"):
         Trainer(folder / "alone", recipe(), corpus, ranks=ranks, resume=True)
     with pytest.raises(FastlmError, match="holds a run already"):

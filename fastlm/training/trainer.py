@@ -21,6 +21,7 @@ from fastlm.optim import NTASGD, NonMonotone
 from fastlm.training.board import Board
 from fastlm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastlm.training.evaluate import Evaluation, evaluate, figure
+from fastlm.training.lock import lock_run
 from fastlm.training.metrics import MetricsFile, Sums
 from fastlm.training.parallel import Ranks
 from fastlm.training.progress import Progress, duration, say
@@ -64,7 +65,8 @@ class Trainer:
         ranks: the processes that train it together (see `fastlm.training.parallel`).
 
     Raises:
-        FastlmError: there is a run in the folder already, or, with `resume`, none that could be gone on with.
+        FastlmError: there is a run in the folder already, or, with `resume`, none that could be gone on with; another
+            process trains there.
         RecipeError: the ranks have different recipes or texts, or cannot share the batch evenly.
     """
 
@@ -111,6 +113,7 @@ class Trainer:
         self._identity = identity(config)
         if resume:
             check_same_run(read_run(self.run_dir), config)
+            self._take_folder()
             self._load()
             if self.ranks.first:
                 write_config(self.run_dir, config)
@@ -124,6 +127,8 @@ class Trainer:
                     check_origin(best, state, {**identity(read_run(start)), "text": corpus.digest})
                     valid = Evaluation(**state["valid"])
                 load_weights(self.model, weights, best)
+            self._take_folder()
+            if start is not None:
                 self._save_best(valid)
             self.save()
             if self.ranks.first:
@@ -137,7 +142,11 @@ class Trainer:
             FastlmError: the loss is not a number any more, or a checkpoint cannot be written.
         """
         self._ceiling = find_ceiling(self.model, self.device, self._make_step.dtype, self.ranks)
-        with self._stop, closing(Board(self.run_dir / "tensorboard", self.step, self.ranks)) as self._board:
+        with (
+            self._alone(),
+            self._stop,
+            closing(Board(self.run_dir / "tensorboard", self.step, self.ranks)) as self._board,
+        ):
             try:
                 while self.validated_step != self.step or not self._finished():
                     if not self.epoch_done and not self._out_of_time():
@@ -173,6 +182,26 @@ class Trainer:
             save_checkpoint(self._checkpoints / "last", self.model.state_dict(), state)
         self.ranks.gather(None)  # torchrun ends all ranks when one has left, which must not be before it is written
         self._saved_at = self.seconds
+
+    def _take_folder(self) -> None:
+        """Locks the folder until the end of `fit`; a refusal is that of all ranks, which would wait for the first."""
+        refusal = None
+        if self.ranks.first:
+            try:
+                self._lock = lock_run(self.run_dir)
+            except FastlmError as e:
+                refusal = str(e)
+        refusal = self.ranks.gather(refusal)[0]
+        if refusal:
+            raise FastlmError(refusal)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._take_folder()  # once more, for a second `fit`
+        try:
+            yield
+        finally:
+            self._lock = None
 
     def _load(self) -> None:
         path = self._checkpoints / "last"
