@@ -53,5 +53,11 @@ def test_errors():
         linear_cross_entropy(input, weight, target, reduction="sum", divisor=6)
     with pytest.raises(ValueError, match=r"divisor must be a scalar tensor, got shape \[1\]"):
         linear_cross_entropy(input, weight, target, divisor=torch.ones(1))
+    for divisor in ("a", [6], 1j):
+        with pytest.raises(TypeError, match="divisor must be a number, got "):
+            linear_cross_entropy(input, weight, target, divisor=divisor)
+    for divisor in (0, -1.5, float("nan")):
+        with pytest.raises(ValueError, match="divisor must be positive, got "):
+            linear_cross_entropy(input, weight, target, divisor=divisor)
     with pytest.raises(TypeError, match="divisor must be on cpu like input, got meta"):
         linear_cross_entropy(input, weight, target, divisor=torch.ones((), device="meta"))

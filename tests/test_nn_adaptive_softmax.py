@@ -255,7 +255,31 @@ def test_errors():
     for cutoffs in ((0,), (V,), (5, 3), (3, 3)):
         with pytest.raises(ValueError, match=r"cutoffs must increase and lie in \[1, 13\), the vocabulary, got"):
             nn.AdaptiveSoftmax(D, V, cutoffs)
+    for cutoffs in (5, None):
+        with pytest.raises(TypeError, match=f"cutoffs must be a sequence of integers, got {cutoffs}"):
+            nn.AdaptiveSoftmax(D, V, cutoffs)
+    for cutoff in (5.5, True, "5"):
+        with pytest.raises(TypeError, match=f"cutoffs must be integers, got {cutoff!r}"):
+            nn.AdaptiveSoftmax(D, V, [cutoff])
+    for error, sizes, words in [
+        (ValueError, (-8, V), "in_features must be at least 0, got -8"),
+        (ValueError, (D, -1), "num_classes must be at least 0, got -1"),
+        (TypeError, (5.0, V), "in_features must be an integer, got 5.0"),
+    ]:
+        with pytest.raises(error, match=words):
+            nn.AdaptiveSoftmax(*sizes)
     softmax, tied = make(), make(tied=True)
+    for call in (softmax.log_prob, softmax.predict, make(()).log_prob):
+        for wrong in (x[..., 1:], x.detach().sum()):
+            with pytest.raises(ValueError, match=r"input must have shape \[\.\.\., D\] with D = 5 like weight, got \["):
+                call(wrong)
+        for wrong, words in [
+            (target, "input must be float32, bfloat16, float16 or float64, got torch.int64"),
+            (x.bfloat16(), "weight must be torch.bfloat16 like input, got torch.float32"),
+            (x.to("meta"), "weight must be on meta like input, got cpu"),
+        ]:
+            with pytest.raises(TypeError, match=words):
+                call(wrong)
     with pytest.raises(ValueError, match=r"shape \[\.\.\., D\] with D = 5 like weight, got \[4, 6, 4\]"):
         softmax(x[..., 1:], target)
     with pytest.raises(ValueError, match=r"target must have shape \[4, 6\] like input, got \[4, 5\]"):

@@ -42,6 +42,8 @@ class AdaptiveSoftmax(torch.nn.Module):
         ignore_index: int = -100,
     ):
         super().__init__()
+        _checks.size("in_features", in_features)
+        _checks.size("num_classes", num_classes)
         self.in_features, self.num_classes = in_features, num_classes
         self.cutoffs = _checks.cutoffs(cutoffs, num_classes)
         self.biased, self.tied, self.ignore_index = bias, tied, ignore_index
@@ -127,8 +129,12 @@ class AdaptiveSoftmax(torch.nn.Module):
 
         Returns:
             float32 (float64 for float64 input); the logits before it have the dtype of the input.
+
+        Raises:
+            ValueError: wrong shape. TypeError: wrong dtype or device.
         """
         weight, bias = self._layer(weight, bias)
+        self._check(input, weight=weight, bias=bias, tail_vectors=self.tail_vectors, tail_bias=self.tail_bias)
         (head_weight, *weights), (head_bias, *biases) = self._split(weight, bias)
 
         def of(weight, bias):
@@ -140,7 +146,7 @@ class AdaptiveSoftmax(torch.nn.Module):
         return torch.cat([first, *tails], -1)
 
     def predict(self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """The most probable words, `[...]`, for `input [..., D]`."""
+        """The most probable words, `[...]`, for `input [..., D]`; errors as in `log_prob`."""
         return self.log_prob(input, weight, bias).argmax(-1)
 
     def _layer(self, weight, bias):
@@ -156,6 +162,16 @@ class AdaptiveSoftmax(torch.nn.Module):
         if bias is not None:
             _checks.shape("bias", bias, V=self.num_classes)
         return weight, bias
+
+    def _check(self, input, **layer):
+        _checks.floating("input", input)
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            wanted = f"[..., D] with D = {self.in_features} like weight"
+            raise ValueError(f"input must have shape {wanted}, got {list(input.shape)}")
+        for name, x in layer.items():
+            if x is not None:
+                _checks.same(name, x, "input", input, dtype=False)  # first, as autocast knows no meta device
+                _checks.same(name, x, "input", input, dtype=not torch.is_autocast_enabled(input.device.type))
 
     def _split(self, weight, bias):
         """Weights and biases of the head and of each tail: by one split each, whose backward is one concatenation."""

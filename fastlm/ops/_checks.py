@@ -54,10 +54,38 @@ def within(name: str, x: torch.Tensor, low: int, high: int, what: str) -> None:
 
 
 def cutoffs(values: Sequence[int], classes: int) -> tuple[int, ...]:
-    """Return first ids of clusters as a tuple; raise ValueError unless they increase and lie in [1, classes)."""
+    """Return first ids of clusters as a tuple.
+
+    Raises:
+        TypeError: they are no sequence of integers. ValueError: they do not increase or leave [1, classes).
+    """
+    if not hasattr(values, "__iter__"):
+        raise TypeError(f"cutoffs must be a sequence of integers, got {values!r}")
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"cutoffs must be integers, got {value!r}")
     found = tuple(int(value) for value in values)
     if list(found) != sorted(set(found)) or any(not 0 < value < classes for value in found):
         raise ValueError(f"cutoffs must increase and lie in [1, {classes}), the vocabulary, got {list(values)}")
+    return found
+
+
+def size(name: str, value: int) -> None:
+    """Raise TypeError unless `value` is an integer, ValueError unless it is at least 0."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def positive(name: str, value: float) -> float:
+    """Return `value` as a float; raise TypeError unless it is a number, ValueError unless it is positive."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not found > 0.0:
+        raise ValueError(f"{name} must be positive, got {found}")
     return found
 
 

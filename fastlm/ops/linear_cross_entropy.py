@@ -391,7 +391,7 @@ def _divisor(divisor, reduction, input):
     if reduction != "mean":
         raise ValueError(f"divisor goes with reduction 'mean' alone, got {reduction!r}")
     if not isinstance(divisor, torch.Tensor):  # full, as a tensor from a number would wait for a GPU
-        return torch.full((), float(divisor), dtype=_state_dtype(input), device=input.device)
+        return torch.full((), _checks.positive("divisor", divisor), dtype=_state_dtype(input), device=input.device)
     _checks.same("divisor", divisor, "input", input, dtype=False)
     if divisor.dim():
         raise ValueError(f"divisor must be a scalar tensor, got shape {list(divisor.shape)}")
@@ -420,8 +420,8 @@ def linear_cross_entropy(
         reduction: `"mean"` over the targets that are not ignored (NaN when there are none), `"sum"`, or `"none"`.
         ignore_index: target of the rows that count for nothing; it may lie inside the vocabulary.
         label_smoothing: weight of the uniform distribution in the target, in [0, 1].
-        divisor: what `"mean"` divides by instead, a number or a scalar tensor on the device of `input`: the rows of all
-            the pieces of a batch, whose means then add up to that of the batch.
+        divisor: what `"mean"` divides by instead, a positive number or a scalar tensor on the device of `input`: the
+            rows of all the pieces of a batch, whose means then add up to that of the batch.
         impl: `"auto"`, `"reference"`, `"cpu"` or `"triton"`.
 
     Returns:
