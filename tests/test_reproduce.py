@@ -7,9 +7,11 @@ from test_cli import fails, last_json
 from tiny_run import SMALL, write_text
 
 from fastlm import cli
+from fastlm.nn import NeuralCache
 from fastlm.training import reproduce, stages
+from fastlm.training.evaluate import cache_evaluate
 from fastlm.training.recipe import make_recipe, read_recipe, recipe_names
-from fastlm.training.run import read_run
+from fastlm.training.run import read_run, run_corpus, run_model
 from fastlm.training.trainer import Trainer
 
 TABLES = """
@@ -91,7 +93,12 @@ def test_every_stage_is_trained_and_written_down(command, tmp_path, monkeypatch,
         assert {"step", "lr", "train_ppl", "valid_ppl", "valid_bpc", "averaging"} <= stage["curve"][0].keys()
     assert [epoch["averaging"] for epoch in finetuned["curve"]] == [True, True]
     assert finetuned["valid"]["nll"] <= base["valid"]["nll"]
-    assert cached["valid"]["ppl"] > 1 and cached["window"] >= 1
+    model, corpus = run_model(tmp_path / "run" / "finetune"), run_corpus(read_run(tmp_path / "run"))
+    cache = NeuralCache(cached["theta"], cached["lambda"], cached["window"])
+    for split in ("valid", "test"):
+        plain, with_cache = cache_evaluate(model, getattr(corpus, split), cache)
+        assert cached[split]["nll"] == pytest.approx(with_cache.nll, rel=1e-5)
+        assert abs(with_cache.nll - plain.nll) > 1e-4
     assert base["published"] == {"valid": 9.5, "test": 9.25}
     assert finetuned["published"] == {"valid": None, "test": 9.0}
     assert "9.5 / 9.25" in output.out and "- / 9" in output.out
