@@ -93,7 +93,8 @@ def test_every_row_is_a_run_beside_the_published_differences(command, tmp_path, 
     assert cli.main(command("rows", *settings, "--json")) == 0
     assert untimed(last_json(capsys)["rows"]) == untimed(found["rows"])
     assert "another budget (epochs 2, max_seconds 0)" in fails(capsys, *command("rows", "--epochs", "1"))
-    assert "embedding_dropout is 0.0 in this run" in fails(capsys, *command("rows", "--epochs", "2"))
+    wrong = f"{tmp_path / 'rows' / 'full'}: embedding_dropout is 0.0 in this run"
+    assert wrong in fails(capsys, *command("rows", "--epochs", "2"))
 
 
 def test_interrupted_it_goes_on(command, tmp_path, monkeypatch, capsys):

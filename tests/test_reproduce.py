@@ -147,21 +147,46 @@ def test_a_recipe_of_characters_without_finetuning_has_one_stage(command, tmp_pa
     assert any(line.startswith(f"base  {found['stages']['base']['valid']['bpc']:.4g} / ") for line in lines)
 
 
-def test_more_epochs_go_on_and_tell_of_an_old_finetuning(command, tmp_path, capsys):
-    assert cli.main(command("run")) == 0
-    capsys.readouterr()
+def test_more_epochs_go_on_and_tell_of_an_old_finetuning(command, tmp_path, monkeypatch, capsys):
+    assert cli.main(command("run", "--json")) == 0
+    steps = last_json(capsys)["stages"]["base"]["steps"]
     more = command("run", "--set", "epochs=3")
     assert "finetune started from weights that" in fails(capsys, *more)
     for path in sorted((tmp_path / "run" / "finetune").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
+    with monkeypatch.context() as m:
+        stop_at(m, "run", steps + 2)  # there are results then, those of fewer epochs
+        assert cli.main(more) == 130
+    capsys.readouterr()
     assert cli.main([*more, "--json"]) == 0
     assert len(last_json(capsys)["stages"]["base"]["curve"]) == 3
+
+
+def test_what_decides_no_weight_may_change_afterwards(command, tmp_path, monkeypatch, capsys):
+    short = ["--set", "epochs=1", "--set", "finetune.epochs=1"]
+    assert cli.main(command("run", *short, "--json")) == 0
+    before, path = last_json(capsys)["stages"], tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    del results["recipe"]["cuda_graphs"]  # as a version without that key wrote it
+    path.write_text(json.dumps(results))
+    monkeypatch.setattr(stages.Trainer, "_train_step", lambda self, *args: pytest.fail("trained again"))
+    with monkeypatch.context() as m:
+        m.setattr(stages.Trainer, "fit", lambda self: pytest.fail("not even tested again"))
+        assert cli.main(command("run", *short, "--set", "log_interval=20", "--set", "cache_window=100", "--json")) == 0
+    assert untimed(last_json(capsys)["stages"]["finetuned"]) == untimed(before["finetuned"])
+    recipe = read_run(tmp_path / "run" / "finetune").recipe
+    assert (recipe.log_interval, recipe.cache_window) == (20, 100)
+    assert cli.main(command("run", *short, "--set", "test_batch_size=3", "--json")) == 0
+    after = last_json(capsys)["stages"]
+    for stage in ("base", "finetuned"):
+        assert after[stage]["valid"] == before[stage]["valid"] and after[stage]["test"] != before[stage]["test"]
 
 
 def test_one_line_errors(command, tmp_path, capsys):
     assert cli.main(command("run", "--set", "epochs=1", "--set", "finetune.epochs=1")) == 0
     capsys.readouterr()
-    assert "lr is 5.0 in this run" in fails(capsys, *command("run", "--set", "epochs=1", "--set", "lr=3"))
+    wrong = command("run", "--set", "epochs=1", "--set", "lr=3")
+    assert f"{tmp_path / 'run'}: lr is 5.0 in this run" in fails(capsys, *wrong)
     write_text(tmp_path / "text")
     (tmp_path / "text" / "train.txt").write_text("another text\n" * 50)
     assert "no longer, the one" in fails(capsys, *command("run", "--set", "epochs=1", "--set", "finetune.epochs=1"))

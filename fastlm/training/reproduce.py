@@ -22,7 +22,7 @@ from fastlm.training.plots import MISSING
 from fastlm.training.progress import say
 from fastlm.training.recipe import RecipeFile, finetune_recipe
 from fastlm.training.run import has_run, run_cache, run_model, write_json
-from fastlm.training.stages import fit_stage, is_finished, stage_record
+from fastlm.training.stages import fit_stage, is_trained, stage_record
 
 
 def train_stages(
@@ -39,7 +39,7 @@ def train_stages(
     """
     tuned = None if file.finetune is None else finetune_recipe(file.recipe, file.finetune)
     folder, options = run_dir / "finetune", {"source": source, "device": device, "ranks": ranks}
-    if has_run(folder) and not is_finished(run_dir, file.recipe, corpus):
+    if has_run(folder) and not is_trained(run_dir, file.recipe, corpus):
         raise FastlmError(f"{folder} started from weights that {run_dir} would go on from: delete it to finetune again")
     fit_stage(run_dir, file.recipe, corpus, finetune=file.finetune, **options)
     if tuned is None:
