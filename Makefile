@@ -48,7 +48,7 @@ bench: $(STAMPS)/bench
 	$(BIN)/fastlm bench $(ARGS)
 
 reproduce: $(STAMPS)/fastlm
-	$(BIN)/fastlm reproduce --recipe "$(RECIPE)" --data "$(DATA)" $(ARGS)
+	$(BIN)/fastlm reproduce --recipe "$(RECIPE)" --data "$(DATA)" --results benchmarks/results/reproduction $(ARGS)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --only "$(ONLY)" $(if $(OUT),--out "$(OUT)") $(ARGS)

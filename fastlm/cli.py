@@ -166,8 +166,7 @@ def _add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
-    where = "default: benchmarks/results/reproduction of the source tree, without one the folder of the run"
-    parser.add_argument("--results", metavar="DIR", help=f"where the figures go; {where}")
+    parser.add_argument("--results", metavar="DIR", help="where the figures go (default: the folder given by --out)")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

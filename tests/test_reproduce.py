@@ -147,6 +147,13 @@ def test_a_recipe_of_characters_without_finetuning_has_one_stage(command, tmp_pa
     assert any(line.startswith(f"base  {found['stages']['base']['valid']['bpc']:.4g} / ") for line in lines)
 
 
+def test_results_go_into_the_run_unless_told_otherwise(command, tmp_path, capsys):
+    short = ["--set", "epochs=1", "--set", "finetune.epochs=1"]
+    assert cli.main([*command("run")[:-2], *short, "--json"]) == 0
+    assert last_json(capsys)["files"] == [str(tmp_path / "run" / f"tiny.{end}") for end in ("json", "png")]
+    assert not (tmp_path / "results").exists()
+
+
 def test_more_epochs_go_on_and_tell_of_an_old_finetuning(command, tmp_path, monkeypatch, capsys):
     assert cli.main(command("run", "--json")) == 0
     steps = last_json(capsys)["stages"]["base"]["steps"]
@@ -215,10 +222,3 @@ def fails_last(capsys, *arguments):
 def test_published_recipes_name_the_unit_of_their_level():
     files = [read_recipe(name) for name in recipe_names()]
     assert all(file.published.unit == file.recipe.unit for file in files if file.published)
-
-
-def test_results_go_into_the_source_tree_or_the_run(tmp_path, monkeypatch):
-    assert reproduce.results_folder("there", tmp_path).name == "there"
-    assert reproduce.results_folder(None, tmp_path).parts[-3:] == ("benchmarks", "results", "reproduction")
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    assert reproduce.results_folder(None, tmp_path / "run") == tmp_path / "run"

@@ -25,7 +25,7 @@ from fastlm.training.plots import draw_ablation, draw_reproduction
 from fastlm.training.progress import Progress, aligned, say
 from fastlm.training.recipe import finetune_recipe, override, parse_override, read_recipe
 from fastlm.training.report import write_report
-from fastlm.training.reproduce import measure, publish, results_folder, train_stages
+from fastlm.training.reproduce import measure, publish, train_stages
 from fastlm.training.reproduce import rows as reproduction_rows
 from fastlm.training.run import (
     has_run,
@@ -107,7 +107,7 @@ def reproduce(args: Namespace) -> Result:
         return 0, None
     found = measure(file, corpus, folders, overrides=settings, device=device)
     print(aligned(reproduction_rows(found)))
-    files = publish(found, results_folder(args.results, run_dir), file.stem, draw_reproduction(found))
+    files = publish(found, Path(args.results or run_dir), file.stem, draw_reproduction(found))
     print("\n".join(files))
     return 0, {"run": str(run_dir), "files": files, **found}
 
@@ -134,7 +134,7 @@ def ablate(args: Namespace) -> Result:
     context = {"overrides": settings, "budget": budget, "device": device}
     found = ablation.compare(file, corpus, folders, changes, left_out, **context)
     print(aligned(ablation.rows(found)))
-    files = publish(found, results_folder(args.results, out), f"{file.stem}-ablation", draw_ablation(found))
+    files = publish(found, Path(args.results or out), f"{file.stem}-ablation", draw_ablation(found))
     print("\n".join([*ablation.remarks(found), *files]))
     return 0, {"run": str(out), "files": files, **found}
 

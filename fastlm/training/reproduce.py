@@ -14,7 +14,7 @@ from typing import Any
 
 from fastlm.data import Corpus
 from fastlm.errors import FastlmError
-from fastlm.machine import ROOT, describe
+from fastlm.machine import describe
 from fastlm.training.caching import cache_run
 from fastlm.training.checkpoint import write_file
 from fastlm.training.parallel import Ranks
@@ -93,14 +93,6 @@ def publish(found: Mapping[str, Any], folder: Path, name: str, png: bytes | None
         return [str(folder / f"{name}.json")]
     write_file(folder / f"{name}.png", png)
     return [str(folder / f"{name}.json"), str(folder / f"{name}.png")]
-
-
-def results_folder(given: str | None, run_dir: Path) -> Path:
-    """Where results go: as given, else among those of the source tree, else into the run."""
-    if given:
-        return Path(given)
-    tree = ROOT / "benchmarks" / "results"
-    return tree / "reproduction" if tree.is_dir() else run_dir
 
 
 def rows(found: Mapping[str, Any]) -> list[list[str]]:
