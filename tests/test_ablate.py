@@ -9,14 +9,24 @@ from fastlm import cli
 from fastlm.errors import RecipeError
 from fastlm.training import ablate, stages
 from fastlm.training.plots import draw_ablation
-from fastlm.training.recipe import load_recipe, make_recipe, read_recipe
+from fastlm.training.recipe import load_recipe, make_recipe, read_recipe, recipe_names
 from fastlm.training.run import read_run
+
+TABLE = """
+[published]
+vocab_size = 14
+parameters = 1000
+[published.ablation]
+full = [60.7, 58.8]
+weight-dropout = [71.1, 68.9]
+finetuning = [60.0, 57.3]
+"""
 
 
 @pytest.fixture
 def command(tmp_path):
     """The command line of an ablation into a folder of that name, whose results go into `results`."""
-    text, recipe = write_text(tmp_path / "text"), write_recipe(tmp_path / "tiny.toml", "")
+    text, recipe = write_text(tmp_path / "text"), write_recipe(tmp_path / "tiny.toml", TABLE)
 
     def of(name, *more):
         where = ["--out", str(tmp_path / name), "--results", str(tmp_path / "results")]
@@ -81,13 +91,15 @@ def test_every_row_is_a_run_beside_the_published_differences(command, tmp_path, 
     assert rows["full"]["delta"] == rows["full"]["published"] == {"valid": 0.0, "test": 0.0}
     assert rows["weight-dropout"]["published"] == pytest.approx({"valid": 71.1 - 60.7, "test": 68.9 - 58.8})
     assert rows["finetuning"]["published"] == pytest.approx({"valid": 60.0 - 60.7, "test": 57.3 - 58.8})
+    assert rows["nt-asgd"]["published"] is None
+    assert found["published_model"] == {"recipe": "tiny", "valid": 60.7, "test": 58.8}
     assert rows["finetuning"]["averaged_from"] == 1
     assert read_run(tmp_path / "rows" / "weight-dropout").recipe.weight_dropout == 0
     assert rows["weight-dropout"]["delta"]["valid"] != 0
     assert any(line.startswith("- weight dropout ") and "+10.40 / +10.10" in line for line in lines)
     # Too short for NT-ASGD to begin, so that this row is the full model once more.
     assert rows["nt-asgd"]["delta"] == pytest.approx({"valid": 0.0, "test": 0.0}, abs=1e-3)
-    assert "never averaged" in "\n".join(lines)
+    assert "never averaged" in "\n".join(lines) and "no differences were published" not in "\n".join(lines)
 
     monkeypatch.setattr(stages.Trainer, "fit", lambda self: pytest.fail("trained again"))
     assert cli.main(command("rows", *settings, "--json")) == 0
@@ -113,7 +125,9 @@ def test_interrupted_it_goes_on(command, tmp_path, monkeypatch, capsys):
 def test_a_budget_in_seconds_and_a_recipe_of_characters(command, tmp_path, capsys):
     write_recipe(tmp_path / "tiny.toml", "", level="char", bptt=60)
     assert cli.main(command("rows", "--seconds", "0.001", "--only", "weight-decay", "--json")) == 0
-    found = last_json(capsys)
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert "no differences were published for a model of this kind on this text" in lines
     assert found["unit"] == "bpc" and found["published_model"] is None
     assert [row["steps"] for row in found["rows"]] == [1, 1]
     assert [row["published"] for row in found["rows"]] == [None, None]
@@ -123,9 +137,18 @@ def test_a_budget_in_seconds_and_a_recipe_of_characters(command, tmp_path, capsy
 
 
 def test_the_published_model_is_that_of_the_text():
-    assert ablate._published(read_recipe("wt2-qrnn"))[0] == "wt2-lstm"
-    assert ablate._published(read_recipe("ptb-lstm-small"))[0] == "ptb-lstm"
-    assert ablate._published(read_recipe("enwik8-lstm")) == (None, {})
+    models = {name: ablate._published(read_recipe(name))[0] for name in recipe_names()}
+    of_ptb = {"ptb-lstm": "ptb-lstm", "ptb-lstm-small": "ptb-lstm"}
+    assert {name: model for name, model in models.items() if model} == {**of_ptb, "wt2-lstm": "wt2-lstm"}
+    assert ablate._published(read_recipe("wt2-lstm"))[1]["full"] == (69.1, 66.0)
+    for other in ({"cell": "qrnn"}, {"optimizer": "adam", "lr": 1e-3}, {"level": "char"}):
+        assert ablate._published(read_recipe("ptb-lstm", other)) == (None, {})
+
+
+def test_the_table_of_a_recipe_of_ones_own(tmp_path):
+    path = write_recipe(tmp_path / "own.toml", TABLE)
+    assert ablate._published(read_recipe(path))[0] == "own"
+    assert ablate._published(read_recipe(write_recipe(path, ""))) == (None, {})
 
 
 def test_one_line_errors(command, tmp_path, capsys):

@@ -168,6 +168,7 @@ def test_the_default_count_is_left_to_the_corpus():
         (FIGURES + 'unit = "bits"', "unit must be one of 'ppl', 'bpc'"),
         (FIGURES + "ablation = 3", "ablation must be a table"),
         (FIGURES + "[published.ablation]\nfull = [1.0]", "ablation.full must be the figures of valid and test"),
+        (FIGURES + "[published.ablation]\nar-tar = [1.0, 2]", "ablation must have .* the row 'full'"),
         ("finetune = 3", "unknown key 'finetune'"),
         ("[model]\nlr = 1", "unknown table 'model'"),
     ],

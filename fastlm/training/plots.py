@@ -100,7 +100,7 @@ def draw_ablation(found: dict[str, Any]) -> bytes | None:
     panels[0].invert_yaxis()
     if published and rows:
         handles, labels = panels[0].get_legend_handles_labels()
-        labels[-1] += f" ({published['recipe']}, arXiv 1708.02182)"
+        labels = [f"published ({published['recipe']})" if label == "published" else label for label in labels]
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     title = f"Each trick off in turn: {_title(found)}, {_budget(found['budget'])} a row"
     figure.suptitle(fill(title, 110, break_on_hyphens=False), fontsize=12)

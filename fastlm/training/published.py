@@ -42,6 +42,8 @@ class Published:
             numbers = isinstance(pair, list | tuple) and all(type(v) in (int, float) and v > 0 for v in pair)
             if not numbers or len(pair) != 2:
                 raise RecipeError(f"ablation.{row} must be the figures of valid and test, got {pair!r}")
+        if self.ablation and "full" not in self.ablation:
+            raise RecipeError("ablation must have the figures of the full model, the row 'full'")
         object.__setattr__(self, "ablation", {row: tuple(map(float, pair)) for row, pair in self.ablation.items()})
 
     def figures(self, stage: str) -> dict[str, float | None]:
