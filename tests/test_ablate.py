@@ -85,6 +85,7 @@ def test_every_row_is_a_run_beside_the_published_differences(command, tmp_path, 
     for name, row in rows.items():
         folder = tmp_path / "rows" / name if name != "finetuning" else tmp_path / "rows" / "full" / "finetune"
         results = json.loads((folder / "results.json").read_text())
+        assert row["starts"] == results["starts"] and len(row["starts"]) == 1
         assert row["test"] == results["test"] and len(row["curve"]) == row["epochs"] == 2
         difference = results["valid"]["ppl"] - rows["full"]["valid"]["ppl"]
         assert row["delta"]["valid"] == pytest.approx(difference)
@@ -164,7 +165,7 @@ def test_one_line_errors(command, tmp_path, capsys):
 def test_a_picture_of_no_rows_at_all():
     score = {"ppl": 90.0}
     found = {
-        **{"recipe": "r", "unit": "ppl", "overrides": {}, "machine": {"machine": "m"}, "published_model": None},
+        **{"recipe": "r", "unit": "ppl", "overrides": {}, "published_model": None},
         **{"budget": {"epochs": 1, "max_seconds": 0.0}, "rows": [{"valid": score, "test": score}]},
     }
     assert draw_ablation(found).startswith(b"\x89PNG")

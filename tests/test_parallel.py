@@ -236,7 +236,9 @@ def test_torchrun_trains_one_rank_speaks_and_one_that_is_killed_changes_nothing(
     assert process.returncode == 0, said
     # The step of the last checkpoint, at which rank 1 died, was the fifth.
     assert said.count(f"{results['steps'] - 5} steps\n") == 2, said
-    assert json.loads(printed.splitlines()[-1])["test"] == results["test"]
+    killed = json.loads(printed.splitlines()[-1])
+    assert killed["test"] == results["test"]
+    assert [(start["step"], start["ranks"]) for start in killed["starts"]] == [(0, 2), (5, 2)]
     assert_same_run(tmp_path / "run", tmp_path / "killed")
 
 

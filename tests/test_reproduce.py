@@ -6,7 +6,7 @@ import pytest
 from test_cli import fails, last_json
 from tiny_run import SMALL, write_text
 
-from fastlm import cli
+from fastlm import cli, machine
 from fastlm.nn import NeuralCache
 from fastlm.training import reproduce, stages
 from fastlm.training.evaluate import cache_evaluate
@@ -51,9 +51,9 @@ def command(tmp_path):
 
 
 def untimed(found):
-    """Without what differs between two runs: clocks and the date."""
+    """Without what differs between two runs: clocks, and where and when they were started."""
     if isinstance(found, dict):
-        return {k: untimed(v) for k, v in found.items() if "second" not in k and k != "date"}
+        return {k: untimed(v) for k, v in found.items() if "second" not in k and k not in ("starts", "machine")}
     return [untimed(v) for v in found] if isinstance(found, list) else found
 
 
@@ -81,11 +81,13 @@ def test_every_stage_is_trained_and_written_down(command, tmp_path, monkeypatch,
     assert found["overrides"] == {"seed": 5, "finetune.seed": 6}
     assert found["finetune"] == {"epochs": 2, "seed": 6} and found["values"]["seed"] == 5
     assert make_recipe(found["values"]) == read_run(tmp_path / "run").recipe
-    assert {"machine", "commit", "torch", "processor", "fastlm"} <= found["machine"].keys()
     assert found["text"]["tokens"]["train"] > 100
 
     base, finetuned, cached = (found["stages"][stage] for stage in ("base", "finetuned", "cached"))
+    assert {"commit", "torch", "processor", "threads"} <= cached["machine"].keys()
     for stage in (base, finetuned):
+        assert [(start["step"], start["ranks"]) for start in stage["starts"]] == [(0, 1)]
+        assert {"machine", "commit", "torch", "fastlm", "environment", "date"} <= stage["starts"][0].keys()
         assert [epoch["epoch"] for epoch in stage["curve"]] == [1, 2]
         assert min(epoch["valid_nll"] for epoch in stage["curve"]) >= stage["valid"]["nll"]
         walls = [epoch["wall_seconds"] for epoch in stage["curve"]] + [stage["wall_seconds"]]
@@ -105,21 +107,30 @@ def test_every_stage_is_trained_and_written_down(command, tmp_path, monkeypatch,
 
     # Once more: nothing is trained again.
     monkeypatch.setattr(stages.Trainer, "fit", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(machine, "commit", lambda: "another")
     assert cli.main(command("run", "--set", "seed=5", "--set", "finetune.seed=6", "--json")) == 0
-    assert untimed(last_json(capsys)["stages"]) == untimed(found["stages"])
+    again = last_json(capsys)["stages"]
+    assert untimed(again) == untimed(found["stages"])
+    assert [again[stage]["starts"] for stage in ("base", "finetuned")] == [base["starts"], finetuned["starts"]]
+    assert again["cached"]["machine"]["commit"] == "another"
 
 
 @pytest.mark.parametrize(("stage", "step"), [("run", 2), ("finetune", 3)])
 def test_interrupted_it_goes_on(command, tmp_path, monkeypatch, capsys, stage, step):
     with monkeypatch.context() as m:
         stop_at(m, stage, step)
+        m.setattr(machine, "commit", lambda: "one")
         assert cli.main(command("run", "--json")) == 130
     output = capsys.readouterr()
     assert json.loads(output.out.splitlines()[-1]) == {"interrupted": True}
     assert output.err.splitlines()[-1].endswith("go on with the same command")
     assert not (tmp_path / "results").exists()
-    assert cli.main(command("run", "--json")) == 0
+    with monkeypatch.context() as m:
+        m.setattr(machine, "commit", lambda: "two")
+        assert cli.main(command("run", "--json")) == 0
     stopped = last_json(capsys)
+    starts = stopped["stages"]["base" if stage == "run" else "finetuned"]["starts"]
+    assert [(start["step"], start["commit"]) for start in starts] == [(0, "one"), (step, "two")]
     assert cli.main(command("undisturbed", "--json")) == 0
     whole = last_json(capsys)
     assert untimed(stopped["stages"]) == untimed(whole["stages"])

@@ -111,7 +111,6 @@ def compare(
     *,
     overrides: Mapping[str, Any],
     budget: Mapping[str, Any],
-    device: str,
 ) -> dict[str, Any]:
     """What goes into <recipe>-ablation.json: each row's figures, and how far they are from those of the full model.
 
@@ -135,7 +134,7 @@ def compare(
             }
         )
     return {
-        **head(file, corpus, overrides, device),
+        **head(file, corpus, overrides),
         "budget": dict(budget),
         "published_model": {"recipe": model, **dict(zip(_SPLITS, table[FULL], strict=True))} if table else None,
         "rows": rows,

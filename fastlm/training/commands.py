@@ -131,8 +131,7 @@ def ablate(args: Namespace) -> Result:
         return _stopped(e)
     if not ranks.first:
         return 0, None
-    context = {"overrides": settings, "budget": budget, "device": device}
-    found = ablation.compare(file, corpus, folders, changes, left_out, **context)
+    found = ablation.compare(file, corpus, folders, changes, left_out, overrides=settings, budget=budget)
     print(aligned(ablation.rows(found)))
     files = publish(found, Path(args.results or out), f"{file.stem}-ablation", draw_ablation(found))
     print("\n".join([*ablation.remarks(found), *files]))

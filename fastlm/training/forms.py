@@ -15,7 +15,7 @@ FORMS: dict[str, Form] = {
     "results.json": {
         **{"parameters": int, "epochs": int, "steps": int, "seconds": float, "tokens_per_second": float},
         **{"valid": _SCORE, "test": _SCORE, "ceiling_flops?": float, "share_of_ceiling?": float},
-        **{"wall_seconds?": float, "recipe?": {}},
+        **{"wall_seconds?": float, "recipe?": {}, "starts?": [{"step": int, "ranks": int, "machine": str}]},
     },
     "cache.json": {
         **{"theta": float, "lambda": float, "window": int},

@@ -113,7 +113,10 @@ def _budget(budget: dict[str, Any]) -> str:
 
 def _title(found: dict[str, Any]) -> str:
     changed = ", ".join(f"{key}={value}" for key, value in found["overrides"].items())
-    return f"{found['recipe']}{f' with {changed}' if changed else ''} on {found['machine']['machine']}"
+    records = found["stages"].values() if "stages" in found else found["rows"]
+    machines = dict.fromkeys(start["machine"] for record in records for start in record.get("starts", []))
+    where = f" on {', '.join(machines)}" if machines else ""
+    return f"{found['recipe']}{f' with {changed}' if changed else ''}{where}"
 
 
 def _figure(*size: float):

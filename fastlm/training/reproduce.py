@@ -1,7 +1,7 @@
 """`fastlm reproduce`: trains a recipe, finetunes, tunes the cache, and writes all of it beside the published figures.
 
-The file <recipe>.json has the recipe and what was set on top of it, for each stage the final figures and those of every
-epoch, the machine, the versions and the commit; <recipe>.png is its curve.
+The file <recipe>.json has the recipe and what was set on top of it, for each stage the final figures, those of every
+epoch and, for each start of the training, ranks, machine, versions and commit; <recipe>.png is its curve.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def measure(
     for stage, record in stages.items():
         record["published"] = published and published.figures(stage)
     return {
-        **head(file, corpus, overrides, device),
+        **head(file, corpus, overrides),
         "finetune": file.finetune,
         "source": published and published.source,
         "stages": stages,
     }
 
 
-def head(file: RecipeFile, corpus: Corpus, overrides: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """What a file of results says of the recipe, the text and the machine."""
+def head(file: RecipeFile, corpus: Corpus, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of results says of the recipe and the text."""
     sizes = {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")}
     return {
         "recipe": file.stem,
@@ -80,7 +80,6 @@ def head(file: RecipeFile, corpus: Corpus, overrides: Mapping[str, Any], device:
         "overrides": dict(overrides),
         "values": asdict(file.recipe),
         "text": {"name": corpus.name, "digest": corpus.digest, "vocabulary": len(corpus.vocabulary), "tokens": sizes},
-        "machine": describe(device.partition(":")[0]),
     }
 
 
@@ -114,4 +113,5 @@ def _tuned(folder: Path, corpus: Corpus, device: str) -> dict[str, Any]:
     found = cache_run(folder, run_model(folder, device), corpus, run_cache(folder), tune=True)
     scores = {split: found[split]["cached"] for split in ("valid", "test")}
     settings = {key: found[key] for key in ("theta", "lambda", "window")}
-    return {**settings, **scores, "wall_seconds": time.perf_counter() - began}
+    machine = describe(device.partition(":")[0])
+    return {**settings, **scores, "wall_seconds": time.perf_counter() - began, "machine": machine}

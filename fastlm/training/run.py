@@ -5,7 +5,8 @@ vocabulary.json   the words, so that a run can be sampled from without its text
 metrics.jsonl     one JSON object per log interval and per epoch
 checkpoints/last  all that goes on to the same numbers;  checkpoints/best: the weights validated best
 .lock             held by the process that trains here (see `fastlm.training.lock`)
-results.json      final figures;  cache.json: those of the cache;  loss.png, report.html: to look at
+results.json      final figures, and what made them on which machine;  cache.json: those of the cache
+loss.png, report.html: to look at
 """
 
 from __future__ import annotations

@@ -73,6 +73,9 @@ def is_trained(folder: Path, recipe: Recipe, corpus: Corpus) -> bool:
 def stage_record(folder: Path) -> dict[str, Any]:
     """The validated epochs of a run and, once it is finished, its results.
 
+    `starts` has step, ranks, machine, versions and commit of every start of the training whose steps count; a run from
+    before they were kept has none of its first ones.
+
     Raises:
         FastlmError: a file of the run cannot be read.
     """
@@ -86,7 +89,7 @@ def stage_record(folder: Path) -> dict[str, Any]:
             epochs.append({**{key: record[key] for key in _EPOCH_KEYS}, "train_ppl": record["ppl"]})
     results = read_json(folder / "results.json") or {}
     results.pop("recipe", None)
-    return {**results, "curve": epochs}
+    return {"starts": [], **results, "curve": epochs}
 
 
 def _results_of(folder: Path, recipe: Recipe, *keys: str) -> bool:

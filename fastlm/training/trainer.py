@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlm.data import BPTTLoader, Corpus, batchify
 from fastlm.errors import CheckpointError, FastlmError
+from fastlm.machine import describe
 from fastlm.models import LanguageModel, map_state
 from fastlm.optim import NTASGD, NonMonotone
 from fastlm.training.board import Board
@@ -102,6 +103,7 @@ class Trainer:
         self.seconds = 0.0  # of training, validation not counted
         self.wall_seconds, self._clock = 0.0, time.perf_counter()  # of all, but for what a killed process lost
         self.epoch_done = self.stopped = False
+        self.starts: list[dict[str, Any]] = []  # where each part of the steps was made, and by what
         self.best: Evaluation | None = None
         self.hidden: Any = None
         self._interval, self._epoch = Sums(self.device), Sums(self.device)
@@ -141,6 +143,9 @@ class Trainer:
             Interrupted: a signal came; everything has been saved.
             FastlmError: the loss is not a number any more, or a checkpoint cannot be written.
         """
+        if self._unfinished():
+            where = describe(self.device.type)
+            self.starts.append({"step": self.step, "ranks": self.ranks.size, **where})
         self._ceiling = find_ceiling(self.model, self.device, self._make_step.dtype, self.ranks)
         with (
             self._alone(),
@@ -148,7 +153,7 @@ class Trainer:
             closing(Board(self.run_dir / "tensorboard", self.step, self.ranks)) as self._board,
         ):
             try:
-                while self.validated_step != self.step or not self._finished():
+                while self._unfinished():
                     if not self.epoch_done and not self._out_of_time():
                         self._train_epoch()
                     self._validate()
@@ -169,6 +174,7 @@ class Trainer:
         state = {
             **{name: getattr(self, name) for name in _COUNTERS},
             "run": self._identity,
+            "starts": self.starts,
             "best": self.best and asdict(self.best),
             "interval": self._interval.values(),
             "epoch_sums": self._epoch.values(),
@@ -221,6 +227,7 @@ class Trainer:
             if type(state[name]) is not type(getattr(self, name)):
                 raise TypeError(f"{name} is {state[name]!r}")
             setattr(self, name, state[name])
+        self.starts = state.get("starts", [])  # of runs from before they were kept
         self.best = state["best"] and Evaluation(**state["best"])
         self._interval = Sums(self.device, *state["interval"])
         self._epoch = Sums(self.device, *state["epoch_sums"])
@@ -341,6 +348,7 @@ class Trainer:
             **(self._ceiling.to_dict(self.tokens / self.seconds) if self._ceiling else {}),
             "valid": Evaluation(**state["valid"]).to_dict(),
             "test": test.to_dict(),
+            "starts": self.starts,
             "recipe": asdict(self.recipe),
         }
         if self.ranks.first:
@@ -392,6 +400,9 @@ class Trainer:
 
     def _out_of_time(self) -> bool:
         return 0 < self.recipe.max_seconds <= self.seconds
+
+    def _unfinished(self) -> bool:
+        return self.validated_step != self.step or not self._finished()
 
     def _finished(self) -> bool:
         return self.epoch >= self.recipe.epochs or self.stopped or self._out_of_time()
