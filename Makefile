@@ -47,6 +47,11 @@ test: $(STAMPS)/fastlm
 bench: $(STAMPS)/bench
 	$(BIN)/fastlm bench $(ARGS)
 
+# At once, and not after the installation.
+ifneq (,$(filter reproduce,$(MAKECMDGOALS)))
+$(if $(and $(RECIPE),$(DATA)),,$(error make reproduce needs RECIPE=... and DATA=...))
+endif
+
 reproduce: $(STAMPS)/fastlm
 	$(BIN)/fastlm reproduce --recipe "$(RECIPE)" --data "$(DATA)" --results benchmarks/results/reproduction $(ARGS)
 

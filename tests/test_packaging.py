@@ -229,6 +229,23 @@ def test_sdist_can_build_everything(source):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("given", "status"), [([], 2), (["RECIPE=r"], 2), (["DATA=d"], 2), (["RECIPE=r", "DATA=d"], 0)]
+)
+def test_make_reproduce_needs_a_recipe_and_a_text(given, status, tmp_path):
+    command = ["make", "--dry-run", "reproduce", f"VENV={tmp_path / 'venv'}", *given]
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == status, result.stderr
+    if status:
+        assert "needs RECIPE=... and DATA=..." in result.stderr and len(result.stderr.splitlines()) == 1
+        assert not result.stdout
+    else:
+        where = "--results benchmarks/results/reproduction"
+        assert f'fastlm reproduce --recipe "r" --data "d" {where}' in result.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("target", ["demo", "test", "sanitize"])
 def test_make_installs_torch_first_and_alone(target, tmp_path):
     command = ["make", "--dry-run", target, f"VENV={tmp_path / 'venv'}", "TORCH=torch==9.9", "PYTHON=python9"]
