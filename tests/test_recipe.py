@@ -22,6 +22,19 @@ PARAMETERS = {
     "ptbc-lstm": (51, 13_787_851, 0),
     "ptbc-qrnn": (51, 13_800_000, 0.05),  # how its parameters were spent is not published
 }
+# Valid and test of the base, the finetuned and the cached model, None where nothing was published.
+NOTHING = (None, None)
+FIGURES_OF = {
+    "ptb-lstm": ("ppl", (61.2, 58.8), (58.8, 56.5), (53.2, 52.5)),
+    "ptb-qrnn": ("ppl", (60.6, 58.3), (59.1, 56.7), (53.4, 52.6)),
+    "wt2-lstm": ("ppl", (68.7, 65.6), (67.4, 64.7), (52.2, 50.6)),
+    "wt2-qrnn": ("ppl", (69.3, 66.8), (68.5, 65.9), (53.6, 52.1)),
+    "wt103-qrnn": ("ppl", (32.0, 33.0), NOTHING, NOTHING),
+    "enwik8-lstm": ("bpc", (None, 1.232), NOTHING, NOTHING),
+    "enwik8-qrnn": ("bpc", (None, 1.336), NOTHING, NOTHING),
+    "ptbc-lstm": ("bpc", (None, 1.175), NOTHING, NOTHING),
+    "ptbc-qrnn": ("bpc", (None, 1.187), NOTHING, NOTHING),
+}
 OURS = {"ptb-lstm-small", "demo-lstm", "demo-qrnn"}
 FIGURES = "[published]\nvocab_size = 1\nparameters = 1\n"
 
@@ -53,12 +66,11 @@ def test_published_models_have_their_parameters(name):
     assert (file.published.vocab_size, file.published.parameters) == (vocab_size, parameters)
 
 
-def test_published_figures():
-    ptb, enwik8 = read_recipe("ptb-qrnn").published, read_recipe("enwik8-lstm").published
-    figures = [ptb.figures(stage) for stage in ("base", "finetuned", "cached")]
-    assert [tuple(f.values()) for f in figures] == [(60.6, 58.3), (59.1, 56.7), (53.4, 52.6)]
-    assert (enwik8.unit, enwik8.figures("base")) == ("bpc", {"valid": None, "test": 1.232})
-    assert read_recipe("ptb-lstm").published.ablation["weight-dropout"] == (71.1, 68.9)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_figures(name):
+    published = read_recipe(name).published
+    stages = [tuple(published.figures(stage).values()) for stage in ("base", "finetuned", "cached")]
+    assert (published.unit, *stages) == FIGURES_OF[name]
 
 
 def test_published_finetuning():
@@ -164,7 +176,8 @@ def test_the_default_count_is_left_to_the_corpus():
         ("[finetune]\nepoch = 3", r"\[finetune\]: unknown key 'epoch'; the nearest valid one is 'epochs'"),
         ("[finetun]\nepochs = 3", "unknown table 'finetun'; the nearest valid one is 'finetune'"),
         ("[published]\nbase_tset = 1", r"\[published\]: unknown key 'base_tset'; the nearest valid one is 'base_test'"),
-        ("[published]\nparameters = 1", r"\[published\]: vocab_size must be at least 1, got 0"),
+        ("[published]\nparameters = 1", r"\[published\]: vocab_size is missing"),
+        ("[published]\nvocab_size = 0\nparameters = 1", r"\[published\]: vocab_size must be at least 1, got 0"),
         (FIGURES + 'unit = "bits"', "unit must be one of 'ppl', 'bpc'"),
         (FIGURES + "ablation = 3", "ablation must be a table"),
         (FIGURES + "[published.ablation]\nfull = [1.0]", "ablation.full must be the figures of valid and test"),

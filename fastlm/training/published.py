@@ -55,7 +55,10 @@ def make_published(values: Mapping[str, Any]) -> Published:
     """The figures from keys and values.
 
     Raises:
-        RecipeError: an unknown key, a value of the wrong type or out of range.
+        RecipeError: an unknown key, a missing one, a value of the wrong type or out of range.
     """
     check_known(values, [f.name for f in fields(Published)])
+    for name in ("vocab_size", "parameters"):
+        if name not in values:
+            raise RecipeError(f"{name} is missing")
     return Published(**values)
