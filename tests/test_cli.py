@@ -101,6 +101,7 @@ def test_finetune_is_a_run_of_its_own_and_tested(run, capsys):
     assert last_json(capsys)["nll"] == result["test"]["nll"]
     assert cli.main(["finetune", "--run", str(run), "--resume", "--json"]) == 0
     assert last_json(capsys)["test"] == result["test"]
+    assert read_run(run / "finetune").recipe.epochs == 3  # as it was started, not as the run before it
 
 
 def test_finetuning_follows_the_table_of_the_recipe(text, tmp_path, capsys):
@@ -154,6 +155,11 @@ def test_one_line_errors(run, text, tmp_path, capsys):
     assert "key=value" in fails(capsys, *train, tmp_path / "b", "--set", "lr")
     assert "no recipe 'nope'" in fails(capsys, "train", "--data", text, "--recipe", "nope", "--out", tmp_path / "b")
     assert "needs --data" in fails(capsys, "train", "--out", tmp_path / "b")
+    no_name = "--data must name a folder or a file"
+    assert no_name in fails(capsys, "train", "--data", "", "--recipe", "ptb-lstm", "--out", tmp_path / "b")
+    assert no_name in fails(capsys, "train", "--data", "", "--out", run, "--resume")
+    assert no_name in fails(capsys, "reproduce", "--data", "", "--recipe", "ptb-lstm", "--out", tmp_path / "b")
+    assert no_name in fails(capsys, "eval", "--run", run, "--data", "")
     assert "give --data and --recipe to start one" in fails(capsys, "train", "--out", tmp_path / "b", "--resume")
     fails(capsys, "train", "--data", tmp_path / "none", "--recipe", "ptb-lstm", "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -54,7 +54,7 @@ def train(args: Namespace) -> Result:
         file = read_recipe(args.recipe, settings) if args.recipe else with_overrides(config, settings)
         source = _source(args.data) or config.source
         corpus = run_corpus(config, source)
-    elif args.data and args.recipe:
+    elif args.data is not None and args.recipe:
         file, source = read_recipe(args.recipe, settings), _source(args.data)
         corpus = load_corpus(source, **file.recipe.corpus_settings())
     elif args.resume:
@@ -264,6 +264,8 @@ def _goes_on(args: Namespace, folder: Path) -> bool:
 
 def _source(data: str | None) -> str | None:
     """What to write down as the source of a text: its full path, so that it is found from anywhere."""
+    if data == "":
+        raise FastlmError("--data must name a folder or a file, got an empty name")
     return data if data in (None, demonstration.SOURCE) else str(Path(data).resolve())
 
 
