@@ -53,6 +53,11 @@ def within(name: str, x: torch.Tensor, low: int, high: int, what: str) -> None:
         raise ValueError(f"{name} must lie in [{low}, {high}), {what}, got {least if least < low else most}")
 
 
+def _integer(value) -> bool:
+    # torch.compile takes a size that varies for an int, but cannot ask it for an attribute.
+    return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
+
+
 def cutoffs(values: Sequence[int], classes: int) -> tuple[int, ...]:
     """Return first ids of clusters as a tuple.
 
@@ -62,7 +67,7 @@ def cutoffs(values: Sequence[int], classes: int) -> tuple[int, ...]:
     if not hasattr(values, "__iter__"):
         raise TypeError(f"cutoffs must be a sequence of integers, got {values!r}")
     for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        if not _integer(value):
             raise TypeError(f"cutoffs must be integers, got {value!r}")
     found = tuple(int(value) for value in values)
     if list(found) != sorted(set(found)) or any(not 0 < value < classes for value in found):
@@ -72,7 +77,7 @@ def cutoffs(values: Sequence[int], classes: int) -> tuple[int, ...]:
 
 def size(name: str, value: int) -> None:
     """Raise TypeError unless `value` is an integer, ValueError unless it is at least 0."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not _integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
