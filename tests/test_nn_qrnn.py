@@ -164,6 +164,28 @@ def test_zoneout_in_training_keeps_old_cells_without_rescaling():
     close(h, torch.full_like(h, 0.6))
 
 
+@pytest.mark.parametrize("pooling", ["f", "fo", "ifo"])
+def test_parts_of_a_batch_have_the_zoneout_of_the_whole(pooling):
+    layer, x = nn.QRNNLayer(4, 5, window=2, zoneout=0.4, weight_dropout=0.3, pooling=pooling), torch.randn(6, 4, 4)
+    c, seeds = torch.randn(4, 5), philox.SharedSeeds()
+
+    def run(own, **place):
+        layer.zero_grad()
+        with seeds:
+            h, state = layer(x[:, own], c[own], **place)
+        (h.square().sum() + state.c.sum()).backward()
+        return h.detach(), state.c.detach(), layer.linear.weight.grad.clone()
+
+    whole = run(slice(0, 4))
+    first, rest = run(slice(0, 1), column=0, columns=4), run(slice(1, 4), column=1, columns=4)
+    close([torch.cat([first[0], rest[0]], 1), torch.cat([first[1], rest[1]]), first[2] + rest[2]], list(whole))
+    assert not torch.allclose(run(slice(1, 4))[0], rest[0])  # a batch of three
+    close(run(slice(0, 4), column=0, columns=4), whole)
+    for column, columns in [(2, 4), (-1, 4), (0, 2)]:
+        with pytest.raises(ValueError, match=f"3 rows from column {column} on are no part of a batch of {columns}"):
+            layer(x[:, :3], column=column, columns=columns)
+
+
 def test_weight_dropout_uses_one_mask_per_call_and_trains_the_raw_weight():
     layer, x = nn.QRNNLayer(8, 16, window=2, weight_dropout=0.5), torch.randn(5, 3, 8)
     torch.manual_seed(1)

@@ -21,7 +21,7 @@ from fastlm.training.trainer import Interrupted, Trainer
 
 SCENARIOS = {  # with all dropouts
     "lstm": {"clip": 0.05},  # NT-ASGD
-    "qrnn": {"cell": "qrnn", "optimizer": "adam", "lr": 1e-3, "clip": 0.1, "accumulate": 2},
+    "qrnn": {"cell": "qrnn", "optimizer": "adam", "lr": 1e-3, "clip": 0.1, "accumulate": 2, "zoneout": 0.3},
     "sgd": {"optimizer": "sgd", "clip": 0.0, "epochs": 1},  # whose steps are as long as the gradient
 }
 

@@ -39,7 +39,9 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"cell": "qrnn"}, {"cell": "gru"}, {"cutoffs": [9, 20]}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"cell": "qrnn", "zoneout": 0.4}, {"cell": "gru"}, {"cutoffs": [9, 20]}], ids=str
+)
 def test_pieces_make_the_step_of_the_whole_batch(changes):
     whole, pieces = make(**changes), make(**changes, accumulate=2)
     (nll, state), (others, other) = run(whole), run(pieces)
@@ -54,13 +56,13 @@ def test_pieces_are_computed_one_after_the_other(monkeypatch):
     monkeypatch.setattr(
         LanguageModel,
         "loss",
-        lambda model, inputs, *args, column: (
-            seen.append((inputs.shape[1], column)),
-            loss(model, inputs, *args, column=column),
+        lambda model, inputs, *args, **place: (
+            seen.append((inputs.shape[1], *place.values())),
+            loss(model, inputs, *args, **place),
         )[1],
     )
     run(step, [5])
-    assert seen == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    assert seen == [(1, 0, 4), (1, 1, 4), (1, 2, 4), (1, 3, 4)]
 
 
 def test_pieces_must_be_equal():

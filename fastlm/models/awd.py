@@ -186,12 +186,13 @@ class LanguageModel(torch.nn.Module):
                 state.append(tuple(like.new_zeros(1, batch_size, layer.hidden_size) for _ in range(2)))
         return tuple(state)
 
-    def forward(self, tokens: Tensor, state: State | None = None, *, column: int = 0) -> ModelOutput:
+    def forward(
+        self, tokens: Tensor, state: State | None = None, *, column: int = 0, columns: int | None = None
+    ) -> ModelOutput:
         """Reads the next `[T, B]` tokens of B streams; new streams if there is no state.
 
-        The streams may be a part of a batch, the columns from `column` on: under the same seeds (`philox.SharedSeeds`)
-        all parts drop what the whole batch would drop. Only zoneout, which has a mask for every step, then repeats
-        that of the first column on in each part.
+        The streams may be a part of a batch of `columns`, from `column` on: under the same seeds (`philox.SharedSeeds`)
+        all parts drop what the whole batch would drop.
 
         Raises:
             ValueError: `tokens` is not two-dimensional or lies outside the vocabulary (a device assertion on a GPU), or
@@ -214,7 +215,8 @@ class LanguageModel(torch.nn.Module):
                 x, h = layer(x, *before)
                 after.append((h,))
             else:
-                x, s = layer(x, before)
+                part = {"column": column, "columns": columns} if self.config.cell == "qrnn" else {}
+                x, s = layer(x, before, **part)
                 after.append(s)
         return ModelOutput(self.output_dropout(x, column), x, tuple(after))
 
@@ -224,13 +226,21 @@ class LanguageModel(torch.nn.Module):
             return self.softmax.log_prob(hidden, self.output_weight, self.decoder_bias)
         return _matmul.linear(hidden, self.output_weight, self.decoder_bias)
 
-    def loss(self, tokens: Tensor, targets: Tensor, state: State | None = None, *, column: int = 0) -> LossOutput:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: State | None = None,
+        *,
+        column: int = 0,
+        columns: int | None = None,
+    ) -> LossOutput:
         """The training loss of the next `[T, B]` tokens, whose next words are `targets [T, B]`.
 
         Over equal parts of a batch (see `forward`) the mean of their losses is the loss of the batch. Targets may be on
         the host: an adaptive softmax sorts them there, for less work (see `nn.AdaptiveSoftmax`).
         """
-        output = self(tokens, state, column=column)
+        output = self(tokens, state, column=column, columns=columns)
         nll = self._cross_entropy(output.hidden, targets, "mean")
         loss = nll
         if self.config.ar:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import ops
-from fastlm.ops import _checks, _matmul
+from fastlm.ops import _checks, _matmul, philox
 
 GATES = {"f": 2, "fo": 3, "ifo": 4}
 CLOSED = -1e4  # a pre-activation whose sigmoid is 0 in every dtype
@@ -101,7 +101,13 @@ class QRNNLayer(torch.nn.Module):
         return text
 
     def forward(
-        self, input: Tensor, hidden: QRNNState | Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
+        self,
+        input: Tensor,
+        hidden: QRNNState | Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        *,
+        column: int = 0,
+        columns: int | None = None,
     ) -> tuple[Tensor, QRNNState]:
         """Runs the layer over a sequence, or over the next piece of one.
 
@@ -111,6 +117,8 @@ class QRNNLayer(torch.nn.Module):
                 torchqrnn; a new sequence if absent.
             lengths: `[B]` integers, how many steps of each row count; all if absent. Steps beyond leave the state alone
                 and give zeros, whatever the input holds there.
+            column: where the rows begin in the batch that they are a part of. columns: how many that batch has, B if
+                absent: the mask of zoneout is then that of the whole batch, under the same seed.
 
         Returns:
             `(h [T, B, H], state)`.
@@ -118,7 +126,7 @@ class QRNNLayer(torch.nn.Module):
         Raises:
             ValueError: a shape or a length does not fit. TypeError: a dtype or device does not fit.
         """
-        return self._run(input, hidden, lengths, self._pool)
+        return self._run(input, hidden, lengths, lambda gates, c: self._pool(gates, c, column, columns))
 
     def _run(self, input, hidden, lengths, pool, shift=None):
         """`forward` by `pool`, with `shift [B, *]` added to the gates of every step."""
@@ -144,8 +152,18 @@ class QRNNLayer(torch.nn.Module):
         state = QRNNState(c, self._last(history, valid).to(previous.dtype))
         return (_flip(h, valid) if self.reverse else h), state
 
-    def _pool(self, gates, c):
-        return ops.qrnn_pool(gates, c, pooling=self.pooling, zoneout=self.zoneout, training=self.training)
+    def _pool(self, gates, c, column=0, columns=None):
+        T, B, _ = gates.shape
+        if columns is not None and not 0 <= column <= columns - B:
+            raise ValueError(f"{B} rows from column {column} on are no part of a batch of {columns}")
+        if columns in (None, B) or not (self.training and self.zoneout):
+            return ops.qrnn_pool(gates, c, pooling=self.pooling, zoneout=self.zoneout, training=self.training)
+        # What the mask of the whole batch drops is closed beforehand.
+        shape, seed = (T, columns, self.hidden_size), philox.draw_seed(gates.device)
+        keep = ops.dropconnect_mask(shape, self.zoneout, seed, stream=philox.ZONEOUT)[:, column : column + B]
+        z, f, *rest = gates.split(self.hidden_size, -1)
+        gates = torch.cat([z, f.masked_fill(~keep, CLOSED), *rest], -1)
+        return ops.qrnn_pool(gates, c, pooling=self.pooling)
 
     def _unpack(self, hidden, input):
         batch = input.size(1)

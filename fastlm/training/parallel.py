@@ -1,11 +1,10 @@
 """Data-parallel training: the ranks that `torchrun` starts train one model, each on its own columns of the batch.
 
-All ranks start from the same weights and draw the same window lengths and masks, those of the whole batch (of zoneout,
-each rank the first ones). Before clipping, gradients are averaged over the ranks; as every rank has equally many
-tokens, the average is the gradient of the whole batch: the ranks make the steps that one process would make with all
-columns, to rounding. From there on all ranks compute the same numbers, so their weights stay equal bit for bit.
-Decisions are made together: a signal to any rank stops all of them after the same step, and time is what the clock of
-rank 0 says.
+All ranks start from the same weights and draw the same window lengths and masks, those of the whole batch. Before
+clipping, gradients are averaged over the ranks; as every rank has equally many tokens, the average is the gradient of
+the whole batch: the ranks make the steps that one process would make with all columns, to rounding. From there on all
+ranks compute the same numbers, so their weights stay equal bit for bit. Decisions are made together: a signal to any
+rank stops all of them after the same step, and time is what the clock of rank 0 says.
 """
 
 from __future__ import annotations

@@ -83,9 +83,8 @@ class TrainStep:
         for first in range(0, inputs.shape[1], self._width):
             own = slice(first, first + self._width)
             with seeds, torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                out = self.model.loss(
-                    inputs[:, own], targets[:, own], state_columns(state, own), column=self._first + first
-                )
+                place = {"column": self._first + first, "columns": self.recipe.batch_size}
+                out = self.model.loss(inputs[:, own], targets[:, own], state_columns(state, own), **place)
             (out.loss / pieces).backward()
             nll = nll + out.nll / pieces
             states.append(detach_state(out.state))
