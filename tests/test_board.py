@@ -96,13 +96,18 @@ class Broken(types.ModuleType):
         raise TypeError("Descriptors cannot be created directly.\nDowngrade the protobuf package.")
 
 
+def unwritable(folder, purge_step):
+    raise PermissionError(13, "Permission denied")
+
+
 @pytest.mark.parametrize(
     ("loaded", "said"),
     [
         (None, "ModuleNotFoundError: import of "),
         (Broken("broken"), "TypeError: Descriptors cannot be created directly.\n"),
+        (types.SimpleNamespace(SummaryWriter=unwritable), "PermissionError: [Errno 13] Permission denied\n"),
     ],
-    ids=["missing", "broken"],
+    ids=["missing", "broken", "unwritable"],
 )
 def test_a_package_that_does_not_load_is_said(tmp_path, writers, monkeypatch, capsys, loaded, said):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", loaded)
@@ -118,7 +123,8 @@ def test_tensorboard_reads_it(tmp_path, corpus):
     with pytest.raises(Interrupted):
         Signals(tmp_path / "a", recipe(**SETTINGS), corpus, at=5).fit()
     killed = Board(tmp_path / "a" / "tensorboard", 5, Ranks())  # after a step that is in no checkpoint
-    killed.write({"event": "train", "step": 6, "loss": 1.0, "ppl": 1.0, "lr": 1.0, "tokens_per_second": 1.0})
+    figures = dict.fromkeys(("loss", "ppl", "bpc", "lr", "tokens_per_second"), 1.0)
+    killed.write({"event": "train", "step": 6, **figures})
     killed.close()
     Trainer(tmp_path / "a", recipe(**SETTINGS), corpus, resume=True).fit()
     events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()

@@ -37,11 +37,11 @@ class Board:
         if ranks.first and importlib.util.find_spec("tensorboard") is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(folder), purge_step=step + 1)
             except Exception as e:  # a broken installation, which may raise anything, is no reason not to train
                 first_line = str(e).partition("\n")[0]
                 say(f"nothing is written for TensorBoard: {type(e).__name__}: {first_line}")
-                return
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds the figures of a line of metrics.jsonl."""
