@@ -199,6 +199,27 @@ def test_attention_learns_to_read_backwards():
     assert losses[True] < 0.05 and losses[False] > 0.3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_on_a_gpu_equals_the_cpu(pooling, bidirectional):
+    options = {"pooling": pooling, "dense": True, "dtype": torch.float32}
+    encoder = nn.QRNN(4, 6 // (1 + bidirectional), 2, window=2, bidirectional=bidirectional, **options)
+    decoder = nn.QRNNDecoder(4, 6, 2, window=3, **options)
+    source, x = torch.randn(5, 3, 4), torch.randn(7, 3, 4)
+
+    def run(device):
+        modules = encoder.to(device), decoder.to(device)
+        inputs = [t.to(device).requires_grad_() for t in (source, x)]
+        y, states = modules[1](inputs[1], modules[0].encode(inputs[0], LENGTHS), lengths=[7, 0, 3])
+        parameters = [p for module in modules for p in module.parameters()]
+        grads = torch.autograd.grad(y.square().sum(), [*inputs, *parameters], allow_unused=True)
+        return [t.cpu() for t in [*flat(y, states), *(grad for grad in grads if grad is not None)]]
+
+    expected = run("cpu")
+    torch.testing.assert_close(run("cuda"), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_arguments():
     for options, message in [
         ({"num_layers": 0}, "num_layers must be positive"),
