@@ -83,7 +83,7 @@ def test_published_finetuning():
 def test_keys_of_the_finetuning_can_be_set():
     file = read_recipe("ptb-qrnn", {"epochs": 2, "finetune.epochs": 3})
     assert file.recipe.epochs == 2 and file.finetune == {"seed": 404, "epochs": 3}
-    assert read_recipe("ptb-lstm-small", {"finetune.lr": 5}).finetune == {"lr": 5}
+    assert read_recipe("demo-lstm", {"finetune.lr": 5}).finetune == {"lr": 5}
     assert read_recipe("ptb-lstm", {"optimizer": "adam", "lr": 1e-3}).finetune == {}
     with pytest.raises(RecipeError, match="finetune.*unknown key 'epoch'"):
         read_recipe("ptb-lstm", {"finetune.epoch": 3})
