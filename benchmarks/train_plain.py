@@ -5,7 +5,8 @@
 
 The loop follows salesforce/awd-lstm-lm's main.py at 1d466ec line by line: window lengths of NumPy's generator, the
 learning rate of a window in proportion to its length, SGD until the validation loss is worse than the best of all but
-the last `nonmono`, then `torch.optim.ASGD(t0=0, lambd=0)` whose averages are validated. The model is `awd_plain.py`.
+the last `nonmono` (of all, if that is 0, where the original fails), then `torch.optim.ASGD(t0=0, lambd=0)` whose
+averages are validated. The model is `awd_plain.py`.
 Text, vocabulary and hyper-parameters are those of the recipe, random numbers are PyTorch's and NumPy's own; so the
 curves of both can only agree as two seeds do. Nothing of fastlm but the reading of recipe and text takes part.
 """
@@ -15,6 +16,7 @@ import json
 import math
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from plots import COLOURS, figure_of, png_of
 from torch import Tensor
 
 from fastlm.data import batchify, load_corpus
+from fastlm.machine import describe
 from fastlm.training import load_recipe
 from fastlm.training.recipe import parse_override
 
@@ -46,23 +49,34 @@ def train(recipe, corpus, on_epoch, model=None, checkpoint=None) -> dict[str, fl
 
     Args:
         on_epoch: called with the figures of every epoch. model: to start from. checkpoint: a file that keeps what the
-            next epoch needs; with one that is there already, it goes on.
+            next epoch needs; with one that is there already, it goes on, with `on_epoch` of the epochs before first.
+
+    Raises:
+        ValueError: the loop does not know the recipe, or the checkpoint is of another recipe or text.
     """
     check(recipe)
+    identity = {**asdict(replace(recipe, epochs=1, max_seconds=0.0)), "text": corpus.digest}
+    identity = json.dumps(identity, sort_keys=True)
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     model = model or PlainAWD(recipe.model_config(len(corpus.vocabulary)))
     data = batchify(corpus.train, recipe.batch_size)
     optimizer = _optimizer(model, recipe, averaging=False)
-    best, kept, log, seconds, done = math.inf, None, [], 0.0, 0
+    best, kept, log, seconds, rows = math.inf, None, [], 0.0, []
     if checkpoint is not None and checkpoint.exists():
-        weights, state, random, (best, kept, log, seconds, done) = torch.load(checkpoint, weights_only=False)
-        model.load_state_dict(weights)
-        optimizer = _optimizer(model, recipe, averaging="lambd" in state["param_groups"][0])
-        optimizer.load_state_dict(state)
-        np.random.set_state(random[0])
-        torch.set_rng_state(random[1])
-    for epoch in range(done + 1, recipe.epochs + 1):
+        saved = torch.load(checkpoint)
+        if saved["identity"] != identity:
+            raise ValueError(f"{checkpoint} is of another recipe or text: delete it, or give another --out")
+        best, kept, log, seconds, rows = saved["progress"]
+        model.load_state_dict(saved["weights"])
+        optimizer = _optimizer(model, recipe, averaging="lambd" in saved["optimizer"]["param_groups"][0])
+        optimizer.load_state_dict(saved["optimizer"])
+        words, *position = saved["numpy"]
+        np.random.set_state(("MT19937", words.numpy(), *position))
+        torch.set_rng_state(saved["torch"])
+    for row in rows:
+        on_epoch(row)
+    for epoch in range(len(rows) + 1, recipe.epochs + 1):
         began = time.perf_counter()
         train_loss = _epoch(model, data, optimizer, recipe)
         seconds += time.perf_counter() - began
@@ -71,7 +85,7 @@ def train(recipe, corpus, on_epoch, model=None, checkpoint=None) -> dict[str, fl
             valid = evaluate(model, corpus.valid, recipe.eval_batch_size, recipe.bptt)
             if valid < best:
                 best, kept = valid, {name: value.clone() for name, value in model.state_dict().items()}
-        on_epoch({"epoch": epoch, "train_nll": train_loss, "valid_nll": valid, "averaging": averaging})
+        rows.append({"epoch": epoch, "train_nll": train_loss, "valid_nll": valid, "averaging": averaging})
         if recipe.optimizer == "nt-asgd" and not averaging:
             if len(log) > recipe.nonmono and valid > min(log[: len(log) - recipe.nonmono]):
                 optimizer = _optimizer(model, recipe, averaging=True)
@@ -79,10 +93,13 @@ def train(recipe, corpus, on_epoch, model=None, checkpoint=None) -> dict[str, fl
         if epoch in recipe.when:
             optimizer.param_groups[0]["lr"] /= 10.0
         if checkpoint is not None:
-            random, counters = (np.random.get_state(), torch.get_rng_state()), (best, kept, log, seconds, epoch)
+            _, words, *position = np.random.get_state()
+            saved = {"weights": model.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity}
+            saved |= {"numpy": [torch.from_numpy(words), *position], "torch": torch.get_rng_state()}
             new = checkpoint.with_suffix(".new")
-            torch.save((model.state_dict(), optimizer.state_dict(), random, counters), new)
+            torch.save({**saved, "progress": [best, kept, log, seconds, rows]}, new)
             new.replace(checkpoint)
+        on_epoch(rows[-1])
         if 0 < recipe.max_seconds <= seconds:
             break
     model.load_state_dict(kept)
@@ -183,17 +200,18 @@ def main() -> None:
         parser.error("give --data, --recipe and --out, or --draw")
     recipe = load_recipe(args.recipe, dict(parse_override(text) for text in args.set))
     corpus = load_corpus(args.data, **recipe.corpus_settings())
-    found = {"recipe": args.recipe, "set": args.set, "torch": torch.__version__, "epochs": []}
+    found = {"recipe": args.recipe, "set": args.set, **describe("cpu"), "epochs": []}
     checkpoint = args.out.with_suffix(".pt")  # a run that was stopped goes on from its last epoch
-    if checkpoint.exists():
-        found["epochs"] = json.loads(args.out.read_text())["epochs"]
 
     def on_epoch(row):
         found["epochs"].append(row)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
         print(f"epoch {row['epoch']} valid ppl {math.exp(row['valid_nll']):.2f}", flush=True)
 
-    found.update(train(recipe, corpus, on_epoch, checkpoint=checkpoint))
+    try:
+        found.update(train(recipe, corpus, on_epoch, checkpoint=checkpoint))
+    except ValueError as e:
+        parser.error(str(e))
     args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

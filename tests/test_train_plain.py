@@ -86,9 +86,24 @@ def test_a_run_that_was_stopped_goes_on(corpus, tmp_path, monkeypatch):
     wanted = train_plain.train(recipe, corpus, rows.append)
     straight, rows = rows, []
     for epochs in (3, 4):
+        rows.clear()  # of which it tells again
         found = train_plain.train(replace(recipe, epochs=epochs), corpus, rows.append, checkpoint=tmp_path / "run.pt")
     assert straight[2]["averaging"] and rows == straight
     assert {**found, "seconds": 0} == {**wanted, "seconds": 0}
+    for other in ({"lr": 20.0}, {"seed": 7}, {"embedding_size": 14}):
+        with pytest.raises(ValueError, match="run.pt is of another recipe or text: delete it, or give another --out"):
+            train_plain.train(replace(recipe, **other), corpus, rows.append, checkpoint=tmp_path / "run.pt")
+
+
+def test_a_run_that_was_killed_tells_of_each_epoch_once(corpus, tmp_path, monkeypatch):
+    recipe, rows, save = load_recipe("ptb-lstm-small", {**SETTINGS, "epochs": 3}), [], torch.save
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", lambda state, path: save(state, path) if not rows else pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            train_plain.train(recipe, corpus, rows.append, checkpoint=tmp_path / "run.pt")
+    rows.clear()
+    train_plain.train(recipe, corpus, rows.append, checkpoint=tmp_path / "run.pt")
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
