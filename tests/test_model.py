@@ -201,6 +201,13 @@ def test_parts_of_a_batch_under_shared_seeds_are_the_batch(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_a_part_of_a_batch_must_lie_in_it(cell):
+    for place in ({"column": 1}, {"column": 2, "columns": 4}, {"columns": 2}):
+        with pytest.raises(ValueError, match="3 rows from column . on are no part of a batch of"):
+            make(cell).loss(TOKENS, TARGETS, **place)
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_train_eval_train_and_copies(cell):
     model = make(cell)
     model.loss(TOKENS, TARGETS).loss.backward()

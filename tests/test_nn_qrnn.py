@@ -181,9 +181,14 @@ def test_parts_of_a_batch_have_the_zoneout_of_the_whole(pooling):
     close([torch.cat([first[0], rest[0]], 1), torch.cat([first[1], rest[1]]), first[2] + rest[2]], list(whole))
     assert not torch.allclose(run(slice(1, 4))[0], rest[0])  # a batch of three
     close(run(slice(0, 4), column=0, columns=4), whole)
-    for column, columns in [(2, 4), (-1, 4), (0, 2)]:
-        with pytest.raises(ValueError, match=f"3 rows from column {column} on are no part of a batch of {columns}"):
+    for column, columns, batch in [(2, 4, 4), (0, 2, 2), (1, None, 3)]:
+        with pytest.raises(ValueError, match=f"3 rows from column {column} on are no part of a batch of {batch}"):
             layer(x[:, :3], column=column, columns=columns)
+    with pytest.raises(ValueError, match="column must be at least 0, got -1"):
+        layer(x, column=-1)
+    for columns in (True, 4.0, "4"):
+        with pytest.raises(TypeError, match="columns must be an integer, got "):
+            layer(x, columns=columns)
 
 
 def test_weight_dropout_uses_one_mask_per_call_and_trains_the_raw_weight():

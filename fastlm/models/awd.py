@@ -196,12 +196,13 @@ class LanguageModel(torch.nn.Module):
 
         Raises:
             ValueError: `tokens` is not two-dimensional or lies outside the vocabulary (a device assertion on a GPU), or
-                the state is of another batch size or cell.
-            TypeError: `tokens` are no ids.
+                the state is of another batch size or cell, or the batch has not so many columns.
+            TypeError: `tokens` are no ids, or a column is no integer.
         """
         _checks.ids("tokens", tokens)
         _, batch = _checks.dims("tokens", tokens, "TB")
         _checks.within("tokens", tokens, 0, self.config.vocab_size, "the vocabulary")
+        columns = _checks.part(batch, column, columns)
         state = self.init_state(batch) if state is None else state
         x = self.input_dropout(self.encoder(tokens), column)
         after = []

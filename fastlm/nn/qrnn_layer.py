@@ -40,7 +40,7 @@ class QRNNLayer(torch.nn.Module):
 
     Args:
         input_size: I. hidden_size: H; `input_size` when None.
-        zoneout: probability that an element keeps its old cell.
+        zoneout: probability that an element's f is 0: it keeps its old cell, to which "ifo" still adds.
         window: how many inputs each step sees, itself included.
         output_gate: pooling "fo" when True, "f" when False; `pooling` overrides it.
         save_prev_x, use_cuda: taken because torchqrnn's callers give them, and without effect: the last inputs are
@@ -154,9 +154,8 @@ class QRNNLayer(torch.nn.Module):
 
     def _pool(self, gates, c, column=0, columns=None):
         T, B, _ = gates.shape
-        if columns is not None and not 0 <= column <= columns - B:
-            raise ValueError(f"{B} rows from column {column} on are no part of a batch of {columns}")
-        if columns in (None, B) or not (self.training and self.zoneout):
+        columns = _checks.part(B, column, columns)
+        if columns == B or not (self.training and self.zoneout):
             return ops.qrnn_pool(gates, c, pooling=self.pooling, zoneout=self.zoneout, training=self.training)
         # What the mask of the whole batch drops is closed beforehand.
         shape, seed = (T, columns, self.hidden_size), philox.draw_seed(gates.device)

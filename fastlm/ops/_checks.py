@@ -83,6 +83,20 @@ def size(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 0, got {value}")
 
 
+def part(rows: int, column: int, columns: int | None) -> int:
+    """Return how many rows the batch has of which these are a part, from `column` on; all, if `columns` is None.
+
+    Raises:
+        TypeError: they are no integers. ValueError: there are not so many.
+    """
+    columns = rows if columns is None else columns
+    size("column", column)
+    size("columns", columns)
+    if column + rows > columns:
+        raise ValueError(f"{rows} rows from column {column} on are no part of a batch of {columns}")
+    return columns
+
+
 def positive(name: str, value: float) -> float:
     """Return `value` as a float; raise TypeError unless it is a number, ValueError unless it is positive."""
     try:

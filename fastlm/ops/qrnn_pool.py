@@ -8,8 +8,9 @@ element, with k_t the zoneout factor of the write gate f, in time order (`revers
     c_t = c_{t-1} + i_t z_t - f'_t c_{t-1}     for "ifo"
     h_t = o_t c_t,    for "f" h_t = c_t
 
-In training k_t is 0 with probability `zoneout`, else 1 (the state of a dropped element stays, nothing is rescaled),
-from the mask generator over the row-major index of [T, B, H]; in evaluation k_t = 1 - zoneout.
+In training k_t is 0 with probability `zoneout`, else 1 (a dropped element keeps its state, for "ifo" with i_t z_t
+added; nothing is rescaled), from the mask generator over the row-major index of [T, B, H]; in evaluation k_t = 1 -
+zoneout.
 
 Adjoint, in the opposite order, with r = dL/dc_t in total, from r = dL/dc_n; a bar marks a pre-activation:
 
@@ -181,7 +182,7 @@ def qrnn_pool(
             float32, bfloat16, float16 or float64. Never modified.
         c0: cell before the first step [B, H], of the dtype of `gates` or float32; zeros when None.
         pooling: `"f"`, `"fo"` or `"ifo"`.
-        zoneout: probability of keeping an element's old cell, in [0, 1].
+        zoneout: probability that an element's f is 0, in [0, 1].
         training: draw a zoneout mask; else the write gate is scaled by 1 - zoneout.
         seed: int64 scalar tensor for the mask, on the device of `gates`; drawn from PyTorch's default generator when
             None and a mask is needed.
