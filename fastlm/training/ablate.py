@@ -2,7 +2,7 @@
 
 The rows are those of the table of ablations in Merity, Keskar and Socher, arXiv 1708.02182, whose models were not
 finetuned: LSTMs, trained by NT-ASGD on the words of the Penn Treebank and of WikiText-2. Other recipes have no
-published differences, but for our small one of the same kind on the same text.
+published differences, but for our small one of the same kind, and other texts (told by their vocabulary) none either.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def compare(
     `delta` and `published` of a row are differences in the unit of the file, of valid and of test; `published` is None
     where there is none.
     """
-    model, table = _published(file)
+    model, table = _published(file, len(corpus.vocabulary))
     records = {row: stage_record(folder) for row, folder in folders.items()}
     rows = []
     for row, record in records.items():
@@ -172,10 +172,10 @@ def _pair(deltas: Mapping[str, float] | None) -> str:
     return "-" if deltas is None else " / ".join(f"{value:+.2f}" for value in deltas.values())
 
 
-def _published(file: RecipeFile) -> tuple[str | None, dict[str, tuple[float, float]]]:
-    """The name of the recipe whose published ablations are those to compare with, and its table."""
+def _published(file: RecipeFile, words: int) -> tuple[str | None, dict[str, tuple[float, float]]]:
+    """The recipe whose published ablations are those to compare with, and its table; a text has so many `words`."""
     theirs = read_recipe(_BESIDE.get(file.name, file.name))
     same = all(getattr(file.recipe, key) == getattr(theirs.recipe, key) for key in _KIND)
-    if theirs.published is None or not theirs.published.ablation or not same:
+    if theirs.published is None or not theirs.published.ablation or not same or words != theirs.published.vocab_size:
         return None, {}
     return theirs.stem, theirs.published.ablation
