@@ -112,6 +112,7 @@ def _tuned(folder: Path, corpus: Corpus, device: str) -> dict[str, Any]:
     began = time.perf_counter()
     found = cache_run(folder, run_model(folder, device), corpus, run_cache(folder), tune=True)
     scores = {split: found[split]["cached"] for split in ("valid", "test")}
+    plain = {split: found[split]["plain"] for split in scores}  # a column at a time, unlike the stages before
     settings = {key: found[key] for key in ("theta", "lambda", "window")}
     machine = describe(device.partition(":")[0])
-    return {**settings, **scores, "wall_seconds": time.perf_counter() - began, "machine": machine}
+    return {**settings, **scores, "plain": plain, "wall_seconds": time.perf_counter() - began, "machine": machine}
