@@ -116,6 +116,18 @@ def test_a_package_that_does_not_load_is_said(tmp_path, writers, monkeypatch, ca
     assert f"nothing is written for TensorBoard: {said}" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("method", ["add_scalar", "close"])
+def test_a_disk_that_fills_up_ends_no_training(tmp_path, corpus, writers, monkeypatch, capsys, method):
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writer, method, fails)
+    Trainer(tmp_path / "a", recipe(**SETTINGS), corpus).fit()
+    assert (tmp_path / "a" / "results.json").exists()
+    said = "nothing is written for TensorBoard: OSError: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err.count(said) == 1
+
+
 def test_tensorboard_reads_it(tmp_path, corpus):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

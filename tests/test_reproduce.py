@@ -100,6 +100,7 @@ def test_every_stage_is_trained_and_written_down(command, tmp_path, monkeypatch,
     for split in ("valid", "test"):
         plain, with_cache = cache_evaluate(model, getattr(corpus, split), cache)
         assert cached[split]["nll"] == pytest.approx(with_cache.nll, rel=1e-5)
+        assert cached["plain"][split]["nll"] == pytest.approx(plain.nll, rel=1e-5)
         assert abs(with_cache.nll - plain.nll) > 1e-4
     assert base["published"] == {"valid": 9.5, "test": 9.25}
     assert finetuned["published"] == {"valid": None, "test": 9.0}

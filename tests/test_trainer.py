@@ -14,8 +14,10 @@ from tiny_run import SMALL, write_text
 from fastlm.data import load_corpus
 from fastlm.errors import CheckpointError, DataError, FastlmError, RecipeError
 from fastlm.training import trainer as module
+from fastlm.training.board import Board
 from fastlm.training.checkpoint import load_checkpoint, save_checkpoint
 from fastlm.training.evaluate import evaluate
+from fastlm.training.parallel import Ranks
 from fastlm.training.recipe import finetune_recipe, make_recipe
 from fastlm.training.run import read_run, run_model
 from fastlm.training.trainer import Interrupted, Trainer
@@ -117,7 +119,9 @@ def test_every_step_may_be_one_that_is_resumed_at(tmp_path, corpus, level, chang
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_full_disk_says_which_file(tmp_path, corpus):
+def test_a_full_disk_says_which_file(tmp_path, corpus, monkeypatch):
+    # TensorBoard's own thread would raise beside the test: a board that writes nothing, as that of the second rank.
+    monkeypatch.setattr(module, "Board", lambda folder, step, _: Board(folder, step, Ranks(1, 2)))
     trainer = Trainer(tmp_path / "a", recipe(), corpus)
     with full_disk(40), pytest.raises(OSError, match="metrics.jsonl"):
         trainer.fit()

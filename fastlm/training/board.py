@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +37,30 @@ class Board:
     def __init__(self, folder: Path, step: int, ranks: Ranks):
         self._writer = None
         if ranks.first and importlib.util.find_spec("tensorboard") is not None:
-            try:
+            with self._no_reason_not_to_train():
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-            except Exception as e:  # a broken installation, which may raise anything, is no reason not to train
-                first_line = str(e).partition("\n")[0]
-                say(f"nothing is written for TensorBoard: {type(e).__name__}: {first_line}")
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds the figures of a line of metrics.jsonl."""
         if self._writer is not None:
-            for key, tag in TAGS[record["event"]].items():
-                self._writer.add_scalar(tag, record[key], record["step"])
+            with self._no_reason_not_to_train():
+                for key, tag in TAGS[record["event"]].items():
+                    self._writer.add_scalar(tag, record[key], record["step"])
 
     def close(self) -> None:
         """Writes what is left."""
         if self._writer is not None:
-            self._writer.close()
+            with self._no_reason_not_to_train():
+                self._writer.close()
+
+    @contextmanager
+    def _no_reason_not_to_train(self) -> Iterator[None]:
+        # A broken installation may raise anything, a folder that cannot be written does so from the writer's thread.
+        try:
+            yield
+        except Exception as e:
+            first_line = str(e).partition("\n")[0]
+            say(f"nothing is written for TensorBoard: {type(e).__name__}: {first_line}")
+            self._writer = None
