@@ -171,7 +171,7 @@ def draw(plain: dict, reproduction: dict) -> bytes:
     curves = ("fastlm", ours), ("awd-lstm-lm's loop on plain nn.LSTM", theirs)
     for (name, rows), colour in zip(curves, COLOURS, strict=False):
         epochs, values, averaging = zip(*rows, strict=True)
-        axes.plot(epochs, values, "-", color=colour, label=f"{name}: {min(values):.1f}")
+        axes.plot(epochs, values, "-", color=colour, label=f"{name}: {min(values):.1f} by epoch {epochs[-1]}")
         for switched, shape in ((False, "o"), (True, "s")):
             points = [(e, v) for e, v, a in rows if a is switched]
             if points:
